@@ -18,9 +18,11 @@ from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
 from oftsurgery.adapters.strength import StrengthMode, check_strength
 from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
-from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
+from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
 
@@ -201,14 +203,36 @@ def check_is_model(model: object) -> None:
         raise StateError(message, remedy="load the model first; the functions …_checkpoint take folders")
 
 
-def opened_checkpoint(
-    source: str | PathLike[str], revision: str | None = None, adapters: Iterable[OFTAdapter] = ()
-) -> Checkpoint:
-    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the revision at which ``adapters`` were trained."""
+def opened_model(
+    source: str | PathLike[str],
+    revision: str | None = None,
+    adapters: Iterable[OFTAdapter] = (),
+    *,
+    variant: str | None = None,
+    component: str | None = None,
+) -> Checkpoint | Pipeline:
+    """The checkpoint or the pipeline in a folder, a single file or a Hub repository, at ``revision``, or at the revision at which
+    ``adapters`` were trained.
+
+    Raises:
+        StateError: a ``component`` is named, and the folder holds one model.
+    """
+    if is_single_file(source):
+        _check_one_model(component, Path(source))
+        return open_single_file(Path(source))
     at = base_revision(source, revision, trained_at(adapters))
-    return replace(
-        open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
-    )
+    folder = find_checkpoint(source, revision=at, variant=variant)
+    if is_pipeline(folder):
+        pipeline, named = open_pipeline(folder, variant), checkpoint_place(source, at).revision
+        return replace(pipeline, models={n: replace(m, revision=named) for n, m in pipeline.models.items()})
+    _check_one_model(component, folder)
+    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(source, at).revision)
+
+
+def _check_one_model(component: str | None, place: Path) -> None:
+    if component is not None:
+        message = f"the component {printable(component)!r} was named, but the place holds one model and no pipeline"
+        raise StateError(message, path=place, remedy="leave out component=… (--component)")
 
 
 def named_base(adapters: Sequence[OFTAdapter]) -> str:
@@ -235,10 +259,23 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
     return base
 
 
-def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpoint:
+def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: str | None = None) -> Checkpoint:
     """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
     named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
-    return opened_checkpoint(base, base_revision(base, None, named, "the fold's record"))
+    if is_single_file(base):
+        return open_single_file(Path(base))
+    at = base_revision(base, None, named, "the fold's record")
+    folder = find_checkpoint(base, revision=at, variant=variant)
+    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(base, at).revision)
+
+
+def opened_pipeline(base: str | PathLike[str], variant: str | None = None) -> Pipeline:
+    """The pipeline in a folder or a Hub repository.
+
+    Raises:
+        CheckpointError: the folder holds no pipeline.
+    """
+    return open_pipeline(find_checkpoint(base, variant=variant), variant)
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.dtypes import float_dtype
+from oftsurgery.errors import StateError
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.links import links_followed
+from oftsurgery.files.pipeline import Pipeline
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
+from oftsurgery.folding.pipelines import PipelinePlan, run_pipeline
 from oftsurgery.folding.remembered import plan_remembered
 from oftsurgery.folding.target import FOUR_BIT, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import record_beside
 
 from .arguments import (
     AdapterLike,
@@ -31,13 +37,15 @@ from .arguments import (
     loaded_adapters,
     named_base,
     opened_base,
-    opened_checkpoint,
+    opened_model,
+    opened_pipeline,
     parse_size,
     rounding_mode,
     tokenizer_choice,
     usable_device,
 )
 from .fold_settings import FoldSettings
+from .pipelines import plan_pipeline, plan_pipeline_back
 from .trained_on import as_trained, check_said
 
 
@@ -45,13 +53,27 @@ def plan_fold(
     source: str | PathLike[str] | None,
     adapter: AdapterLike | Sequence[AdapterLike],
     settings: FoldSettings | None = None,
-) -> CheckpointPlan:
+) -> CheckpointPlan | PipelinePlan:
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     settings = settings or FoldSettings()
-    mode: RoundingMode = settings.rounding or "preserve"
     adapters = at_strengths(loaded_adapters(adapter), settings.strength, settings.strength_mode)
     base = source if source is not None else named_base(adapters)
-    opened = opened_checkpoint(base, settings.revision, adapters)
+    opened = opened_model(base, settings.revision, adapters, variant=settings.variant, component=settings.component)
+    plan = partial(_plan_model, settings)
+    if isinstance(opened, Pipeline):
+        if settings.rounding == "calibrated":
+            raise StateError(
+                "a calibration runs one model on texts, and the source is a pipeline of diffusers",
+                path=opened.folder,
+                remedy="leave out calibration=… (--calibration): the rounding 'preserve' needs no data",
+            )
+        return plan_pipeline(opened, adapters, settings.component, plan, undo=settings.undo is not None)
+    return plan(opened, adapters)
+
+
+def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[OFTAdapter]) -> CheckpointPlan:
+    """The plan of the fold of one model."""
+    mode: RoundingMode = settings.rounding or "preserve"
     settings, trained = as_trained(settings, opened, adapters)
     plan = (plan_checkpoint if mode == "calibrated" or settings.undo is not None else plan_remembered)(
         opened,
@@ -96,6 +118,8 @@ def fold_checkpoint(
     revision: str | None = None,
     partial: bool = False,
     trained_on: str | PathLike[str] | None = None,
+    component: str | None = None,
+    variant: str | None = None,
     strength: float | Sequence[float] = 1.0,
     strength_mode: StrengthMode = "angle",
     follow_links: bool = False,
@@ -114,9 +138,11 @@ def fold_checkpoint(
     >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
 
     Args:
-        source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id; None: the
-            base that the adapter's config names, at the revision that it names.
-        adapter: as for :func:`fold`; several adapters are the live chain.
+        source: a folder with ``config.json`` and safetensors shards of transformers or diffusers, plain or
+            bitsandbytes-quantised; a folder with a pipeline of diffusers (``model_index.json``); or a Hub id. None: the base that
+            the adapter's config names, at the revision that it names.
+        adapter: as for :func:`fold`; several adapters are the live chain. In a pipeline, names and shapes decide which model a
+            module belongs to.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
             ``"bf16"`` (dequantised), ``"nf4"``, ``"fp4"``, ``"int8"``. From any source the exactly rotated weight is rounded once.
@@ -150,6 +176,8 @@ def fold_checkpoint(
             revision that the adapter's config names for this base, else the main branch.
         partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
             record names them.
+        component: the model of a pipeline that takes the adapter (``"text_encoder_2"``); the other models are copied.
+        variant: the variant of the weights (``"fp16"``). None: the files without a variant's name, or else the only variant.
         strength, strength_mode: as for :func:`fold`.
         follow_links: read files that are links, wherever the links lead. Otherwise the rules of
             :func:`~oftsurgery.files.links.check_link` say which links are followed.
@@ -185,12 +213,16 @@ def fold_checkpoint(
         revision=revision,
         partial=partial,
         trained_on=trained_on,
+        component=component,
+        variant=variant,
         strength=strength,
         strength_mode=strength_mode,
     )
     usable_device(device)
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)
+        if isinstance(plan, PipelinePlan):
+            return _fold_pipeline(plan, Path(destination), device, resume=resume, force=force, progress=progress)
         texts = None
         if mode == "calibrated":
             from oftsurgery.calibrate.sources import source_of  # a fold without a calibration runs no model
@@ -213,6 +245,21 @@ def fold_checkpoint(
                 progress=beside.bytes,
                 calibrate=calibrate,
             )
+    assert record is not None  # noqa: S101 - a fold has one
+    return record
+
+
+def _fold_pipeline(
+    plan: PipelinePlan,
+    destination: Path,
+    device: str,
+    *,
+    resume: bool,
+    force: bool,
+    progress: bool | Progress,
+) -> FoldRecord:
+    with shown(progress, "fold") as step:
+        record = run_pipeline(plan, destination, device=device, resume=resume, force=force, progress=step)
     assert record is not None  # noqa: S101 - a fold has one
     return record
 
@@ -241,6 +288,8 @@ def unfold_checkpoint(
     undo: str | PathLike[str] | None = None,
     rounding: Rounding = "preserve",
     max_shard_size: int | str = "5GB",
+    component: str | None = None,
+    variant: str | None = None,
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -254,7 +303,7 @@ def unfold_checkpoint(
     >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED-TOO", undo="OUTPUT.undo")            # exact, without BASE
 
     Args:
-        folded: a folder that :func:`fold_checkpoint` wrote.
+        folded: a folder that :func:`fold_checkpoint` wrote. Of a pipeline, all models that carry a fold, or ``component``.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
             ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
@@ -263,7 +312,7 @@ def unfold_checkpoint(
         undo: the file that ``fold_checkpoint(…, undo=…)`` or :func:`fold` of the same model wrote: the bytes are restored
             exactly, and checked against the hashes in the file.
         rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
-        max_shard_size, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
+        max_shard_size, component, variant, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
         the record of the folds that remain, or None.
@@ -282,10 +331,23 @@ def unfold_checkpoint(
     check_one_way_back((adapter, base, undo), ways)
     usable_device(device)
     with links_followed(follow_links):
-        source = opened_checkpoint(folded)
+        source = opened_model(folded, variant=variant, component=component)
         size = parse_size(max_shard_size)
+        if isinstance(source, Pipeline):
+            back = plan_pipeline_back(
+                source,
+                base=None if base is None else opened_pipeline(base, variant),
+                undo=undo,
+                adapters=() if adapter is None else loaded_adapters(adapter),
+                component=component,
+                rounding=rounding,
+                max_shard_bytes=size,
+            )
+            with shown(progress, "unfold") as step:
+                return run_pipeline(back, Path(destination), device=device, resume=resume, force=force, progress=step)
         if base is not None:
-            plan = plan_restore(source, opened_base(base, record_in(source.folder)), max_shard_bytes=size)
+            plain = opened_base(base, record_beside(source), variant)
+            plan = plan_restore(source, plain, max_shard_bytes=size)
         elif undo is not None:
             plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
         else:

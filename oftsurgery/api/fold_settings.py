@@ -35,6 +35,8 @@ class FoldSettings:
     revision: str | None = None
     partial: bool = False
     trained_on: str | PathLike[str] | None = None
+    component: str | None = None
+    variant: str | None = None
     strength: float | Sequence[float] = 1.0
     strength_mode: StrengthMode = "angle"
 

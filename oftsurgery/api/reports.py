@@ -11,10 +11,11 @@ from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
 from oftsurgery.files.finding import checkpoint_place
+from oftsurgery.files.layout import PIPELINE, is_single_file
 from oftsurgery.files.reading import read_json, sizes_in
 from oftsurgery.files.writing import write_files
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_at, record_in
+from oftsurgery.records.record_file import RECORD, record_at, records_in
 from oftsurgery.reports.drawing import figures
 from oftsurgery.reports.page import render
 
@@ -74,8 +75,10 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: the folder does not exist, or its record cannot be read.
     """
+    if is_single_file(folder):
+        return records_in(Path(folder).expanduser())
     place = checkpoint_place(folder)
-    return record_in(place.fetch([RECORD]))
+    return records_in(place.fetch([RECORD, f"*/{RECORD}", PIPELINE]))
 
 
 def record_of(source: object) -> tuple[FoldRecord, Path | None]:
@@ -86,7 +89,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
         raise StateError(message, remedy="give the record (folded.oftsurgery), or the folder that a fold wrote")
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
-    record = record_at(path) if folder is None else record_in(path)
+    record = record_at(path) if folder is None and not is_single_file(path) else records_in(path)
     if record is None:
         raise StateError(
             "the folder has no record, so nothing is folded in", path=path, remedy="give a folder that a fold wrote"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_files import check_files
 from oftsurgery.errors import StateError
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ def verify_checkpoint(
     *,
     texts: Any = None,
     tolerance: float | None = None,
+    component: str | None = None,
+    variant: str | None = None,
     follow_links: bool = False,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk, by other code than the fold's.
@@ -49,7 +53,8 @@ def verify_checkpoint(
             transformers and run them.
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
-        follow_links: as for :func:`fold_checkpoint`.
+        component: the model of a pipeline to check; None: all models that carry a fold, and the other files.
+        variant, follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
         a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
@@ -73,9 +78,11 @@ def verify_checkpoint(
         message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
         raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
     with links_followed(follow_links):
-        folder = find_checkpoint(folded, whole=True)
+        folder = Path(folded).expanduser() if is_single_file(folded) else find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
-            return check_files(folder)
+            return check_files(folder if component is None else folder / component)
         from .comparisons import compare_with_base  # imports torch
 
-        return compare_with_base(folder, base, adapter, texts=texts, tolerance=tolerance)
+        return compare_with_base(
+            folder, base, adapter, texts=texts, tolerance=tolerance, component=component, variant=variant
+        )

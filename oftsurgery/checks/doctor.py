@@ -18,13 +18,16 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import find_adapter, read_adapter
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
-from oftsurgery.files.layout import CONFIG, LAYOUTS
+from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, is_single_file, variants_in
+from oftsurgery.files.pipeline import is_pipeline, open_pipeline
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oftsurgery.stores.components import split_adapters
+from oftsurgery.stores.folder import FolderStore
 
 from .doctor_adapter import examine_adapter
 from .doctor_checkpoint import examine_checkpoint
 from .doctor_live_model import examine_model
-from .findings import Finding, Severity
+from .findings import Finding, Model, Severity
 
 
 def doctor(
@@ -60,18 +63,38 @@ def doctor(
         adapter = read_adapter(adapter)
     if isinstance(path_or_model, nn.Module):
         found = examine_model(path_or_model, base, adapter)
+    elif is_single_file(path_or_model):
+        found = examine_checkpoint(Path(path_or_model).expanduser(), base, adapter)
     elif (folder := _folder_of_adapter(path_or_model)) is not None:
         found = examine_adapter(folder, base)
     else:
-        found = examine_checkpoint(find_checkpoint(path_or_model), base, adapter)
+        found = _examine_folder(find_checkpoint(path_or_model), base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
+
+
+def _examine_folder(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    """The findings on a checkpoint; on a pipeline, those on its models, with the components' names in front."""
+    if not is_pipeline(folder):
+        return examine_checkpoint(folder, base, adapter)
+    models = open_pipeline(folder).models
+    own: dict[str, OFTAdapter] = {}
+    if adapter is not None:
+        stores = {name: FolderStore(model) for name, model in models.items()}
+        own = {name: one for name, (one,) in split_adapters([adapter], stores).items()}
+    found: list[Finding] = []
+    for name, model in models.items():
+        plain = base if base is None or isinstance(base, nn.Module) else find_checkpoint(base) / name
+        given = plain if name in own or adapter is None else None
+        own_findings = examine_checkpoint(model.folder, given, own.get(name))
+        found += [replace(finding, subject=f"{name}: {finding.subject}") for finding in own_findings]
+    return found
 
 
 def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
     """The folder of the adapter at ``path``; None if ``path`` holds a checkpoint, or neither an adapter nor a checkpoint."""
     place = checkpoint_place(path)
     names = place.names()
-    if any(name in names for layout in LAYOUTS for name in layout.names):
+    if PIPELINE in names or variants_in(names) or any(name in names for layout in LAYOUTS for name in layout.names):
         return None
     if ADAPTER_CONFIG in names or ADAPTER_TENSORS in names:
         return place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])

@@ -14,6 +14,7 @@ from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.reading import read_files
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 
 from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite
@@ -32,7 +33,7 @@ def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
             adapter = parse_adapter(config, tensors, source=str(folder), sha256=sha256)
             found += other_releases(adapter, folder.name)
             if base is not None:
-                if not isinstance(base, nn.Module):
+                if not (isinstance(base, nn.Module) or is_single_file(base)):
                     base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
                 found += obstacles(adapter, open_store(base))
     return found

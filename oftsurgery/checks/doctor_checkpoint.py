@@ -11,11 +11,11 @@ from typing import Any
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.carried import carried_from
-from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
-from oftsurgery.files.layout import CONFIG, LAYOUTS, layout_of
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
+from oftsurgery.files.layout import CONFIG, LAYOUTS, is_of_variant, layout_of
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, record_beside
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.modules import tensors_in
@@ -26,7 +26,12 @@ from .findings import FOLD, Finding, Model, Numbers, noting, of_error, shape_tex
 
 
 def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    """What is wrong with the checkpoint in a folder or in a single file."""
     found: list[Finding] = []
+    if folder.is_file():
+        with noting(found):
+            found += _examine(open_single_file(folder), base, adapter)
+        return found
     checkpoint = _open_or_recover(folder, found)
     if checkpoint is None:
         return found
@@ -42,12 +47,17 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
         )
     found += _unread_rope_settings(checkpoint.config)
     found += _stale_config(checkpoint)
-    found += examine_weights(checkpoint)
+    return found + _examine(checkpoint, base, adapter)
+
+
+def _examine(checkpoint: Checkpoint, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    """What is wrong with the weights and the folds of a checkpoint."""
+    found = list(examine_weights(checkpoint))
     store = record = None
     with noting(found):
         store = FolderStore(checkpoint)
     with noting(found, RECORD):
-        record = record_in(folder)
+        record = record_beside(checkpoint)
     if store is None:
         return found
     return [*found, *_other_shapes(store), *examine_folds(store, record, base, adapter)]
@@ -110,7 +120,8 @@ def _by_its_shards(folder: Path, index: Path, found: list[Finding]) -> Checkpoin
     remedy = "download the checkpoint again, or restore the index that belongs to these shards"
     counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
     found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
-    return Checkpoint(folder, index.parent, entries, tuple(sorted({e.file for e in entries.values()})), config)
+    files = tuple(sorted({e.file for e in entries.values()}))
+    return Checkpoint(folder, index.parent, entries, files, config, layout=layout_of(folder) or LAYOUTS[0])
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -118,9 +129,9 @@ def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
     message = "the file of weights is not a part of the checkpoint, and nothing reads the file"
     remedy = "remove the file, or restore the index where the index is wrong"
     own = {checkpoint.weights / file for file in checkpoint.files}
-    patterns = [f"{layout.single.removesuffix('.safetensors')}*.safetensors" for layout in LAYOUTS]
+    patterns = [layout.shards.format(suffix="*") for layout in LAYOUTS]
     for path in sorted(path for pattern in patterns for path in checkpoint.folder.glob(pattern)):
-        if path not in own and path.is_file():
+        if path not in own and path.is_file() and not is_of_variant(path.name):
             yield Finding("note", "stray-shard", message, path.name, {"bytes": path.stat().st_size}, remedy)
 
 

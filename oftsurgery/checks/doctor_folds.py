@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.trained_on import TRAINED_ON
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import MatchError, share
-from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint, open_single_file
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
@@ -46,7 +48,7 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        if not isinstance(base, nn.Module):  # its errors are raised, not noted
+        if not (isinstance(base, nn.Module) or is_single_file(base)):  # its errors are raised, not noted
             base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
         with noting(found):
             there = open_store(base)
@@ -135,14 +137,18 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
     outputs = {path: m.output_kept for path, m in recorded.items() if m.output_kept is not None}
     for path, rotation in adapter.modules.items():
         with noting(found, path):
+            name = name_at(base, path)
+            meaning = base.meanings([path]).get(path) if name is None else None
+            if meaning is not None and meaning.whole is None:
+                continue  # rows of a weight, or of several weights together, which `verify` compares
             before, after = weight_at(base, path), weight_at(folded, path)
-            if before is None or after is None:
+            if before is None or after is None or name is None:
                 message = f"the {'base' if before is None else 'folded'} model does not have the adapter's module"
                 remedy = "give the base and the adapter of this fold (--base, --adapter)"
                 raise MatchError(message, module=path, remedy=remedy)
             own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
             before = before if own is None else codecs.dense(own)
-            shape = base.shape(base.locate([f"{path}.weight"]).get(f"{path}.weight", f"{path}.weight"))
+            shape = base.shape(name)
             rotation = rotation.for_layer(tuple(shape[2:]) if len(shape) == 4 else (), path).resolved()
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
@@ -325,15 +331,21 @@ def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Ite
 def open_store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, plain_paths(base))
+    if is_single_file(base):
+        return FolderStore(open_single_file(Path(base)))
     return FolderStore(open_checkpoint(find_checkpoint(base)))
 
 
 def weight_at(store: Store, path: str) -> EncodedWeight | None:
     """The stored weight of the module at ``path``; None where the store has no such weight."""
-    name: str | None = f"{path}.weight"
-    if isinstance(store, FolderStore):
-        name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
+    name = name_at(store, path)
     return None if name is None else store.weight(name, WeightFormat("dense", ()))
+
+
+def name_at(store: Store, path: str) -> str | None:
+    """The name of the weight of the module that an adapter calls ``path``; None where the store has no such weight."""
+    name = f"{path}.weight"
+    return store.locate([name]).get(name)
 
 
 def plain_paths(model: nn.Module) -> dict[str, nn.Module]:

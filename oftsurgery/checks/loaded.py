@@ -1,4 +1,4 @@
-"""A :class:`LoadedCheckpoint` holds the tensors that transformers would load from a folder, by the model's own names.
+"""A :class:`LoadedCheckpoint` holds the tensors that transformers or diffusers would load from a folder, by the model's own names.
 
 The checks use this file, which shares no code with the files that plan or write a fold. The model's class is built on the
 meta device (with names and shapes, without weights and without code of the checkpoint); transformers' conversion tables
@@ -27,6 +27,8 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
+
+from .tool_names import Rows, ToolNames
 
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -90,14 +92,22 @@ class LoadedCheckpoint:
             self._from.update((name, name) for name in stored)
             self.sources.update((name, name) for name in stored)
             return
+        self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+        self._of_diffusers = not hasattr(self.model, "all_tied_weights_keys")
+        if self._of_diffusers:  # the names in the files are those of the class, and no tensors are tied
+            self._pairs: dict[str, str] = {}
+            self._held = {name: id(tensor) for name, tensor in self._state.items()}
+            self._from.update((name, name) for name in stored)
+            self.sources.update((name, name if name in self._from else None) for name in self._state)
+            self.sources.update((name, name) for name in stored)
+            return
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
         tables = get_model_conversion_mapping(self.model) or []
         self._renamings = [t for t in tables if isinstance(t, WeightRenaming)]
         self._converters = [t for t in tables if isinstance(t, WeightConverter)]
-        self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        self._pairs: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self._pairs = dict(self.model.all_tied_weights_keys)
         groups: dict[str, list[tuple[str, str]]] = {}
         for name in sorted(stored, key=dot_natural_key):
             target, pattern = self._rename(name)
@@ -117,6 +127,8 @@ class LoadedCheckpoint:
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         """A stored tensor's name in the model, and the pattern of its conversion, as transformers' loading finds both."""
+        if self._of_diffusers:
+            return name, None
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -184,6 +196,11 @@ class LoadedCheckpoint:
             as ``apart``; or None.
         """
         found = self._place(name)
+        if found is None:
+            path, _, leaf = name.rpartition(".")
+            rows = self.tool_names.rows(path)
+            found = f"{rows.paths[0]}.{leaf}" if rows is not None and rows.plain else None
+            found = found if found in self.sources else None
         if found is None and ".module." in f".{name}":  # DDP puts `module.` in front of the names of its module
             found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
         return found
@@ -197,6 +214,16 @@ class LoadedCheckpoint:
             return target if target in self.sources else self._in_language_model(name)
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
+
+    @functools.cached_property
+    def tool_names(self) -> ToolNames:
+        """The names here as image tools write them."""
+        return ToolNames(self.sources)
+
+    def rows(self, path: str) -> Rows | None:
+        """The rows that an adapter's module ``path`` means, of one weight or of several; None for an unknown name."""
+        place = self.place(f"{path}.weight")
+        return self.tool_names.rows(path) if place is None else Rows((place.removesuffix(".weight"),))
 
     def _in_language_model(self, name: str) -> str | None:
         """The name here of a language model's tensor, if ``name`` is the tensor's name in another class: a multimodal class has
@@ -245,9 +272,13 @@ class LoadedCheckpoint:
         return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
 
     def dtype_of(self, name: str) -> torch.dtype | None:
-        """The dtype in which transformers holds a plain tensor; None where the dtype is not known."""
+        """The dtype in which the model holds a plain tensor; None where the dtype is not known."""
         if self.model is None or name not in self._state:
             return None
+        if self._of_diffusers:
+            own = self._state[name].dtype
+            whole = any(segment in self._kept for segment in name.split("."))
+            return torch.float32 if whole else self.dtype if own.is_floating_point else own
         from transformers.core_model_loading import build_glob_alternation
 
         kept = list(self.model._get_dtype_plan(self.dtype))
@@ -281,6 +312,12 @@ class LoadedCheckpoint:
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
     @functools.cached_property
+    def _kept(self) -> tuple[str, ...]:
+        """The segments of names whose tensors a class of diffusers keeps in float32."""
+        kept = type(self.model)._keep_in_fp32_modules or ()
+        return (kept,) if isinstance(kept, str) else tuple(kept)
+
+    @functools.cached_property
     def _before_tying(self) -> Any:
         """The model as transformers' quantizer sees it: the last of its parameters is the last one of the untied model."""
         model = copy.deepcopy(self.model)
@@ -296,6 +333,11 @@ class LoadedCheckpoint:
         Args:
             skip: ``llm_int8_skip_modules``, a list that replaces transformers' own choice.
         """
+        if self._of_diffusers:
+            keys = [*(map(str, skip) if isinstance(skip, list) else ()), *self._kept]
+            plain = re.compile("|".join(rf"^(.*\.)?{k}$|{k}\." for k in map(re.escape, keys)) or "(?!)")
+            own = (path for path, module in self.model.named_modules() if isinstance(module, nn.Linear))
+            return frozenset(f"{path}.weight" for path in own if not plain.search(path))
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 

@@ -9,7 +9,7 @@ each tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -28,11 +28,13 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
 from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, record_beside
 
 from . import measures
 from .checkpoint_report import CheckpointReport, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
+from .row_groups import RowGroups
+from .tool_names import Rows
 from .verify_files import file_checks
 from .verify_report import VerifyReport
 
@@ -70,7 +72,7 @@ def check_checkpoint(
         )
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
-    record = record_in(folded.folder)
+    record = record_beside(folded)
     adapters = _at_recorded_strength(adapters, record)
     loading = _Loading(record, folded, base)
     base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
@@ -177,6 +179,7 @@ class _AdapterEffects:
             only at this name; other trained values count at every name that is tied to this name.
         sums: ``{name: what the adapters add to the tensor}``.
         biases: ``{name of a bias: maps in the live order}`` of the biases that the live layers turn.
+        groups: the weights that are rotated together or in parts.
     """
 
     def __init__(
@@ -184,11 +187,14 @@ class _AdapterEffects:
     ) -> None:
         self.chains: dict[str, tuple[str, list[WeightMap]]] = {}
         self.values: dict[str, Tensor] = {}
+        steps: list[tuple[Rows, WeightMap]] = []
         for adapter in adapters:
             for path, rotation in adapter.modules.items():
-                place = _place_of(base, f"{path}.weight", adapter)
-                if idle is None or base.model is None or not idle(base.model, place.rpartition(".")[0]):
-                    self.chains.setdefault(place, (path, []))[1].append(rotation)
+                rows = _rows_of(base, path, adapter)
+                steps.append((rows, rotation))
+                for module in rows.paths:
+                    if idle is None or base.model is None or not idle(base.model, module):
+                        self.chains.setdefault(f"{module}.weight", (path, []))[1].append(rotation)
             places = {name: _place_of(base, name, adapter) for name in adapter.saved}
             twice = next((name for name, place in places.items() if place in self.values), None)
             if twice is not None:
@@ -198,6 +204,7 @@ class _AdapterEffects:
             for name in sorted(places, key=lambda name: (_in_modules_to_save(name, adapter), order[places[name]])):
                 where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
                 self.values |= dict.fromkeys(where, adapter.saved[name])
+        self.groups = RowGroups(steps)
         self.sums: dict[str, Tensor] = {}
         for adapter in adapters:
             for name, values in adapter.sums.items():
@@ -207,8 +214,16 @@ class _AdapterEffects:
         self.biases = {
             f"{place.rpartition('.')[0]}.bias": chain
             for place, (_, chain) in self.chains.items()
-            if any(weight_map.turns_bias for weight_map in chain)
+            if any(m.turns_bias for m in chain) or self.groups.turns_bias(place.removesuffix(".weight"))
         }
+
+
+def _rows_of(base: LoadedCheckpoint, path: str, adapter: OFTAdapter) -> Rows:
+    """The base's rows that an adapter's module rotates."""
+    rows = base.rows(path)
+    if rows is None or rows.plain:
+        return Rows((_place_of(base, f"{path}.weight", adapter).removesuffix(".weight"),))
+    return rows
 
 
 def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
@@ -242,6 +257,7 @@ class _Comparison:
     modules: dict[str, WeightCheck] = field(default_factory=dict)
     done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for tied tensors
     formats: dict[str, tuple[WeightFormat, bool, WeightFormat]] = field(default_factory=dict)
+    exact: dict[str, Tensor] = field(default_factory=dict)  # of weights whose group is rotated already
 
     def remedies(self) -> tuple[str, ...]:
         """What helps where the weights keep too little of the adapter, from the record or else from the worst weight."""
@@ -325,16 +341,21 @@ class _Comparison:
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
         shape = self.base.read(name).weight.format.shape
         kernel = tuple(shape[2:]) if len(shape) == 4 else ()
-        exact, into = measures.rotated(start, chain, path, kernel), own.format
+        group = self.live.groups.of(name.removesuffix(".weight"))
+        exact, into = self._of_group(name, group) if group else measures.rotated(start, chain, path, kernel), own.format
         if decoded.shape != exact.shape:
             return f"the weight's shape is {tuple(decoded.shape)}, but {tuple(exact.shape)} in the source"
         plain = codecs.encode(exact, into)
         modules = self.record.modules if self.record is not None else {}
         module = modules.get(path, modules.get(name.removesuffix(".weight")))
         own_base = self.base.read(name).weight.format
-        self.formats[path] = (own_base, before.weight.format.quantised and not own_base.quantised, into)
+        self.formats[name.removesuffix(".weight") if group else path] = (
+            own_base,
+            before.weight.format.quantised and not own_base.quantised,
+            into,
+        )
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
-        check = self.modules[path] = WeightCheck(
+        check = self.modules[name.removesuffix(".weight") if group else path] = WeightCheck(
             error,
             rounding=measures.relative(codecs.decode(plain), exact),
             recorded=None if module is None else own.fingerprint == module.after,
@@ -360,6 +381,26 @@ class _Comparison:
         found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
 
+    def _of_group(self, name: str, group: Collection[str]) -> Tensor:
+        """The exact weight ``name`` of a group; the whole group is rotated when its first weight is asked for."""
+        if name not in self.exact:
+            found = self.live.groups.rotated(self._weights_of(group))
+            self.exact |= {f"{path}.weight": weight for path, weight in found.items()}
+        return self.exact.pop(name)
+
+    def _weights_of(self, group: Collection[str]) -> dict[str, Tensor]:
+        """The weights of a group before any rotation."""
+        found = {}
+        for path in sorted(group):
+            into = self.folded.read(f"{path}.weight").weight.format
+            before = self._before(f"{path}.weight", into).weight
+            found[path] = codecs.decode(_linear(self.base, f"{path}.weight", before))
+        return found
+
+    def _biases_of_group(self, group: Collection[str]) -> dict[str, Tensor]:
+        biases = {path: self.base.read(f"{path}.bias").weight.tensors["weight"] for path in group}
+        return self.live.groups.rotated_biases(biases, self._weights_of(group))
+
     def _as_replaced(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         values, got = self.live.values[name], stored.weight.tensors["weight"]
         if stored.weight.format.quantised:
@@ -373,8 +414,13 @@ class _Comparison:
         adds, or None.
         """
         got, old = stored.weight.tensors["weight"], before.weight.tensors["weight"]
-        turned = name in self.live.biases
-        exact = measures.rotated_bias(old, self.live.biases[name]) if turned else old.to("cpu", torch.float64)
+        group = self.live.groups.of(name.removesuffix(".bias"))
+        if name not in self.live.biases:
+            exact = old.to("cpu", torch.float64)
+        elif group:
+            exact = self._biases_of_group(group)[name.removesuffix(".bias")]
+        else:
+            exact = measures.rotated_bias(old, self.live.biases[name])
         exact = exact + self.live.sums.get(name, 0)
         if got.shape != exact.shape:
             return f"the tensor has the shape {tuple(got.shape)}, but {tuple(exact.shape)} in the source"
@@ -474,7 +520,13 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def _dtype_in_config(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that a config names."""
+    """The dtype that a config names; for diffusers, whose configs name none, the dtype of the most bytes of plain floats."""
+    if "_class_name" in checkpoint.config:
+        held: dict[torch.dtype, int] = {}
+        for name, entry in checkpoint.entries.items():
+            if DTYPES[entry.dtype] in FLOATS and name.rpartition(".")[2] in ("weight", "bias"):
+                held[DTYPES[entry.dtype]] = held.get(DTYPES[entry.dtype], 0) + entry.nbytes
+        return max(held, key=lambda dtype: held[dtype], default=None)
     return _dtype_named(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
 
 

@@ -10,24 +10,26 @@ from types import MappingProxyType
 from oftsurgery.errors import StateError
 from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, records_in
 
 from .checkpoint_report import CheckpointReport, FileCheck
 
 
 def check_files(folder: Path) -> CheckpointReport:
-    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
+    """Compare a folder's files, or a single file, with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
 
     Raises:
         StateError: the folder has no record, or the record has no hashes.
         CheckpointError: the record cannot be read.
     """
-    record = record_in(folder)
+    record = records_in(folder)
     if record is None or not record.files:
-        message = f"the folder has no {RECORD}" if record is None else "the record has no hashes of files"
+        message = f"the checkpoint has no {RECORD}" if record is None else "the record has no hashes of files"
         remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
         raise StateError(message, path=folder, remedy=remedy)
-    return CheckpointReport(MappingProxyType({}), None, file_checks(folder, record))
+    return CheckpointReport(
+        MappingProxyType({}), None, file_checks(folder.parent if folder.is_file() else folder, record)
+    )
 
 
 def file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:

@@ -9,7 +9,17 @@ from functools import reduce
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable, share
 
-from .arguments import READING_FLAGS, AddCommand, Parser, Run, adapters_of, add_command, add_output_flags
+from .arguments import (
+    PIPELINE_FLAGS,
+    READING_FLAGS,
+    AddCommand,
+    Parser,
+    Run,
+    adapters_of,
+    add_command,
+    add_output_flags,
+    keywords,
+)
 from .printing import Row, print_table, wants_words
 
 
@@ -25,7 +35,7 @@ def add_commands(command: AddCommand) -> None:
         metavar="B",
         help="block size of the rotations (default: detected); with a size, extract gives the best rotations for any difference",
     )
-    extract.add_shared("--follow-links")
+    extract.add_shared(*PIPELINE_FLAGS, "--follow-links")
     extract.add_shared("--force", help="replace the output folder")
 
     _add_adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
@@ -74,7 +84,8 @@ def _extract(args: argparse.Namespace) -> None:
         if args.verbose:
             print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
 
-    adapter = oftsurgery.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
+    settings = keywords(args, "component", "variant")
+    adapter = oftsurgery.extract_checkpoint(args.base, args.merged, args.block_size, **settings, progress=step)
     adapter.save(args.output, force=args.force)
     if wants_words(args, adapter):
         rows: list[Row] = []

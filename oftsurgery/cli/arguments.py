@@ -138,6 +138,14 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "tokenizer and chat template to write beside the weights: those of the adapter, the base or a folder "
         "(default: those of the adapter where its folder has them)",
     },
+    "--component": {
+        "metavar": "NAME",
+        "help": "model of a pipeline of diffusers, such as unet or text_encoder_2 (default: names and shapes decide)",
+    },
+    "--variant": {
+        "metavar": "NAME",
+        "help": "variant of the weights, such as fp16 (default: the files without a variant's name, or else the only variant)",
+    },
     "--undo": {
         "metavar": "FILE",
         "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
@@ -171,6 +179,7 @@ _QUANTISING = (
     "--fold-into",
 )
 READING_FLAGS = ("--adapter-subfolder", "--adapter-file", "--dialect", "--bias", "--constraint", "--follow-links")
+PIPELINE_FLAGS = ("--component", "--variant")
 FOLDING_FLAGS = (
     *_QUANTISING,
     "--strength",
@@ -181,6 +190,7 @@ FOLDING_FLAGS = (
     "--tokenizer",
     "--base-revision",
     "--partial",
+    *PIPELINE_FLAGS,
     *READING_FLAGS,
 )
 RUNNING_FLAGS = ("--device", "--resume", "--force")
@@ -275,7 +285,10 @@ def add_config_flags(parser: Parser) -> None:
 def base_of(args: argparse.Namespace) -> str:
     """The base that a command was given, at ``--base-revision``, or else the base that the adapter's config names."""
     from oftsurgery.files.finding import checkpoint_place
+    from oftsurgery.files.layout import is_single_file
 
+    if is_single_file(args.base):
+        return str(args.base)
     if args.base is None:
         from oftsurgery.api.arguments import loaded_adapters, named_base
 

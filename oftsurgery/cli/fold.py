@@ -13,6 +13,7 @@ from oftsurgery.errors import share
 
 from .arguments import (
     FOLDING_FLAGS,
+    PIPELINE_FLAGS,
     ROUNDED,
     ROUNDINGS,
     RUNNING_FLAGS,
@@ -59,7 +60,7 @@ def add_commands(command: AddCommand) -> None:
         help="adapter that was folded; the unfold rotates back and states the error; several adapters in the live order",
     )
     unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{ROUNDED} (default: %(default)s)")
-    unfold.add_shared("--max-shard-size", "--follow-links", *RUNNING_FLAGS)
+    unfold.add_shared("--max-shard-size", *PIPELINE_FLAGS, "--follow-links", *RUNNING_FLAGS)
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -67,33 +68,41 @@ def show_plan(args: argparse.Namespace) -> None:
     from oftsurgery.api.fold_settings import FoldSettings
 
     facts = plan_fold(base_of(args), adapters_of(args), FoldSettings(**_fold_settings(args))).to_dict()
-    if wants_words(args, facts):
-        rows = [
-            (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
-            for f in facts["folds"]
-        ]
-        print_table("module  shape  from  to  block size", rows)
-        print()
-        print_facts(
-            ("base", facts["base"]),
-            ("trained on", _trained_on(facts["trained_on"])),
-            ("rotates", f"the {facts['fold_into']} weights"),
-            ("folds", str(len(facts["folds"]))),
-            ("other weights converted", str(facts["converts"])),
-            ("tensors copied", str(facts["copies"])),
-            ("replaced by the adapter's own", str(len(facts["replaces"]))),
-            ("added by the adapter", ", ".join(facts["adds"])),
-            ("missing in the adapter", ", ".join(facts["missing"])),
-            ("tokens", tokens_text(facts["vocabulary"])),
-            ("files carried over", ", ".join(facts["carried"]) or "none"),
-            *facts_beside(facts),
-            ("shards", str(len(facts["shards"]))),
-            ("disk", size_text(facts["bytes"])),
-            ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
-            ("memory", f"up to about {size_text(facts['memory_bytes'])}, without a calibration"),
-            ("time", f"about {facts['seconds']:.0f} s on two CPU cores, without imports and a calibration"),
-            limit=10_000,
-        )
+    if not wants_words(args, facts):
+        return
+    for name, model in facts.get("models", {"": facts}).items():
+        if name:
+            print(f"{name}:")
+        _print_plan(model)
+
+
+def _print_plan(facts: Mapping[str, Any]) -> None:
+    rows = [
+        (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
+        for f in facts["folds"]
+    ]
+    print_table("module  shape  from  to  block size", rows)
+    print()
+    print_facts(
+        ("base", facts["base"]),
+        ("trained on", _trained_on(facts["trained_on"])),
+        ("rotates", f"the {facts['fold_into']} weights"),
+        ("folds", str(len(facts["folds"]))),
+        ("other weights converted", str(facts["converts"])),
+        ("tensors copied", str(facts["copies"])),
+        ("replaced by the adapter's own", str(len(facts["replaces"]))),
+        ("added by the adapter", ", ".join(facts["adds"])),
+        ("missing in the adapter", ", ".join(facts["missing"])),
+        ("tokens", tokens_text(facts["vocabulary"])),
+        ("files carried over", ", ".join(facts["carried"]) or "none"),
+        *facts_beside(facts),
+        ("shards", str(len(facts["shards"]))),
+        ("disk", size_text(facts["bytes"])),
+        ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
+        ("memory", f"up to about {size_text(facts['memory_bytes'])}, without a calibration"),
+        ("time", f"about {facts['seconds']:.0f} s on two CPU cores, without imports and a calibration"),
+        limit=10_000,
+    )
 
 
 def _trained_on(facts: Mapping[str, str] | None) -> str | None:
@@ -133,7 +142,19 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _unfold(args: argparse.Namespace) -> None:
-    settings = keywords(args, "base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
+    names = (
+        "base",
+        "adapter",
+        "undo",
+        "rounding",
+        "max_shard_size",
+        "component",
+        "variant",
+        "device",
+        "resume",
+        "force",
+    )
+    settings = keywords(args, *names)
     print_written(args, oftsurgery.unfold_checkpoint(args.folded, args.output, **settings, progress=progress_for(args)))
 
 

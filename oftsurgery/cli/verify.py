@@ -10,7 +10,7 @@ from pathlib import Path
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import printable
 
-from .arguments import READING_FLAGS, AddCommand, ExitCode, adapters_of, base_of
+from .arguments import PIPELINE_FLAGS, READING_FLAGS, AddCommand, ExitCode, adapters_of, base_of, keywords
 from .printing import Row, print_table, wants_words
 
 
@@ -35,7 +35,7 @@ def add_commands(command: AddCommand) -> None:
         help="texts on which the outputs are compared too: .txt (one text a line), .jsonl or .parquet (field 'text'); this flag "
         "loads the folded model and the base with the adapter live, and runs them",
     )
-    verify.add_shared("--base-revision", *READING_FLAGS)
+    verify.add_shared("--base-revision", *PIPELINE_FLAGS, *READING_FLAGS)
 
     text = "find and explain errors in a checkpoint or an adapter"
     doctor = command("doctor", text, "PATH --base BASE", _doctor)
@@ -47,7 +47,8 @@ def add_commands(command: AddCommand) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     both = (base_of(args) if args.base else None, adapters_of(args) if args.adapter else None)
-    report = oftsurgery.verify_checkpoint(args.folded, *both, texts=args.texts, tolerance=args.tolerance)
+    settings = keywords(args, "texts", "tolerance", "component", "variant")
+    report = oftsurgery.verify_checkpoint(args.folded, *both, **settings)
     if wants_words(args, report):
         _print_verified(report)
     return ExitCode.OK if report.ok else ExitCode.CHECK_FAILED

@@ -34,13 +34,13 @@ PATTERNS = [
 _NEVER = re.compile(
     r"\..*|adapter_.*"  # hidden files, and an adapter's files
     r"|(?i:.*\.(bin|pth?|ckpt|pkl|pickle|joblib|dill|npz|h5|keras|msgpack|pb|tflite|onnx|gguf|ot|undo))"  # other weights
-    r"|(?i:.*\.(bin|h5|msgpack)\.index\.json)"
+    r"|(?i:.*\.(bin|h5|msgpack)\.index(\.\w+)?\.json)"
     r"|(?i:(optimizer|scheduler|rng_state|random_states|training_args).*)"  # the state of a training
     r"|(?i:trainer_state\.json|(all|train|eval|predict|test)_results\.json)"
     r"|(?i:.*\.(py|pyc|so|dll|dylib|exe|sh|bat))",  # code; an index names the code that is copied
     re.DOTALL,
 )
-_WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index\.json)?)", re.DOTALL)
+_WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index(\.\w+)?\.json)?)", re.DOTALL)
 _PICKLE = "pytorch_model.bin"  # the weights of a module that was saved without safetensors
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
 _IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\S+)[ \t]*$|from[ \t]+\.(\S+)[ \t]+import)", re.MULTILINE)
@@ -376,3 +376,14 @@ def _auto_maps(configs: Iterable[Any]) -> Iterator[str]:
         for part in _parts(config):
             if isinstance(part, Mapping) and "auto_map" in part:
                 yield from _texts(part["auto_map"])
+
+
+def never_copied(name: str) -> bool:
+    """Whether a file of a pipeline is not copied, by its name: pickles, weights of other libraries, the state of a training, and a
+    single file of weights beside the components.
+    """
+    base = name.rpartition("/")[2]
+    kept = base == "scheduler_config.json" or base.endswith(".py")  # a pipeline's own code is data here
+    return (_NEVER.fullmatch(base) is not None and not kept) or (
+        "/" not in name and _WEIGHTS.fullmatch(base) is not None
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, printable, warn_caller
 
-from .layout import CONFIG, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, no_variant, two_checkpoints, weight_map_in
 from .reading import TensorEntry, damaged, inside, read_header, read_json
 from .wrappers import plain_names
 
@@ -35,6 +35,9 @@ class Checkpoint:
         config: the parsed ``config.json``; empty if the folder has no such file.
         wrapped: whether the files have names with segments of wrappers, which transformers does not load.
         revision: the revision of a Hub repository that was asked for, or None.
+        layout: how the files are called.
+        metadata: the metadata of the files that an output keeps.
+        single: whether the checkpoint is a file of its own, without a config; the folder then holds other things too.
     """
 
     folder: Path
@@ -44,6 +47,14 @@ class Checkpoint:
     config: Mapping[str, Any]
     wrapped: bool = False
     revision: str | None = None
+    layout: Layout = LAYOUTS[0]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    single: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder, or its single file."""
+        return self.folder / self.files[0] if self.single else self.folder
 
     @property
     def shards(self) -> list[str]:
@@ -87,8 +98,27 @@ class Checkpoint:
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of the checkpoint in ``folder``.
+def open_single_file(path: Path) -> Checkpoint:
+    """Read the header of a checkpoint in a single file.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is damaged.
+    """
+    path = path.expanduser()
+    entries = _entries(path.parent, [path.name], own=True)
+    metadata = {name: text for name, text in read_header(path)[1].items() if name != _RECORD}
+    layout = Layout(path.name, f"{path.name}.index.json", written=True)
+    folder, held = path.parent, MappingProxyType(entries)
+    return Checkpoint(
+        folder, folder, held, (path.name,), MappingProxyType({}), layout=layout, metadata=metadata, single=True
+    )
+
+
+_RECORD = "oftsurgery"  # the field of a file's metadata that each fold writes anew
+
+
+def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
+    """Read the headers of the checkpoint in ``folder``, and of its ``variant`` (``"fp16"``) where a variant is named.
 
     Raises:
         CheckpointError: the folder has no safetensors checkpoint, the index disagrees with the shards, a file lies
@@ -100,8 +130,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )
-    layout = layout_of(folder)
+    layout = layout_of(folder, variant)
     if layout is None:
+        if variant is not None and layout_of(folder) is not None:
+            raise no_variant(folder, variant)
         names = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("*/*"))]
         raise no_checkpoint(folder, names)
     single, index = folder / layout.single, folder / layout.index
@@ -124,6 +156,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tuple(sorted(files)),
         MappingProxyType(config),
         wrapped=plain.keys() != entries.keys(),
+        layout=layout,
     )
 
 

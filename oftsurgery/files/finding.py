@@ -19,8 +19,18 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
-from .carried import PATTERNS, missing_in
-from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .carried import PATTERNS, missing_in, never_copied
+from .layout import (
+    CONFIG,
+    LAYOUTS,
+    PIPELINE,
+    Layout,
+    layout_of,
+    no_checkpoint,
+    two_checkpoints,
+    weight_map_in,
+    without_other_variants,
+)
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # patterns of the files that a fold needs beside the weights
@@ -269,7 +279,9 @@ def loaded_commit(config: object, repo: str) -> str | None:
     return there[0] if len(there) == 1 else None
 
 
-def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None) -> Path:
+def find_checkpoint(
+    path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None, variant: str | None = None
+) -> Path:
     """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
     a fold needs, or with ``whole`` all files. A fold needs the weights that transformers reads: the shards of the index,
     else ``model.safetensors``.
@@ -287,11 +299,19 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, r
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         place.fetch([ADAPTER_TENSORS])  # the repository holds an adapter; the caller's error says so
         return folder
+    if (folder / PIPELINE).is_file():  # whose components all are a part of the output
+        other = tuple(pattern.removesuffix("*") for pattern in OTHER_FORMATS)
+        names = [
+            name for name in place.names() if "/" in name and not name.startswith(other) and not never_copied(name)
+        ]
+        place.fetch([glob.escape(name) for name in without_other_variants(names, variant)])
+        return folder
     _fetch_what_it_names(place, folder)
-    layout = layout_of(folder)  # the weights are not downloaded yet, so a layout is found by its index
-    wanted = [one.single for one in LAYOUTS] if layout is None else _shards(place, folder, layout)
+    layout = layout_of(folder, variant)  # the weights are not downloaded yet, so a layout is found by its index
+    single = [one if variant is None else one.variant(variant) for one in LAYOUTS]
+    wanted = [one.single for one in single] if layout is None else _shards(place, folder, layout)
     place.fetch([glob.escape(name) for name in wanted])
-    if layout_of(folder) is None:
+    if layout_of(folder, variant) is None:
         raise no_checkpoint(place.given, place.names())
     return folder
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, DiskError, StateError
 
-from .reading import read_json, sha256_of
+from .reading import is_nested_name, read_json, sha256_of
 from .writing import (
     Replacement,
     check_free,
@@ -157,9 +157,13 @@ class Staging:
         self.state = state
         self._ours = True
         # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
-        for path in self.folder.iterdir():
-            if path.name != _STATE and path.name not in state["shards"]:
-                _remove(path)
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # the folder is not empty
+                    path.rmdir()
+            elif name != _STATE and name not in state["shards"]:
+                path.unlink()
         for name, shard in list(state["shards"].items()):
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
@@ -195,6 +199,7 @@ class Staging:
         path = self.folder / name
         self._hashes.pop(name, None)
         with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield path
             except BaseException:
@@ -247,8 +252,6 @@ class Staging:
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
-        with disk_errors(self.folder):
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
             while chunk := reader.read(1 << 20):
@@ -286,8 +289,24 @@ class Staging:
 
     def publish(self) -> None:
         """Make the folder the destination."""
+        self._publish(())
+
+    def publish_files(self, files: Mapping[str, Path]) -> None:
+        """Move ``{name: path}`` of the written files to their places in this order, and drop the folder; the last file is the
+        destination itself.
+        """
+        self._publish(tuple(files.items()))
+
+    def _publish(self, files: Sequence[tuple[str, Path]]) -> None:
         self.settle()
         with disk_errors(self.destination):
+            for name, path in files:
+                sync_file(self.folder / name)
+                (self.folder / name).replace(path)
+            if files:
+                sync_folder(self.destination.parent)
+                self.state["shards"] = {}  # nothing is left to resume
+                return
             (self.folder / _STATE).unlink()
             for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
                 sync_folder(folder)
@@ -297,6 +316,32 @@ class Staging:
             self._ours = False
             sync_folder(self.destination.parent)
             self._recover()
+
+
+class Below(Staging):
+    """The folder ``place`` of an unfinished output, as if this folder were an output of its own; the whole output alone is
+    entered and published.
+    """
+
+    def __init__(self, whole: Staging, place: str) -> None:
+        self._whole, self._place = whole, f"{place}/"
+        self.destination, self.folder = whole.destination / place, whole.folder / place
+        self._hashes = {}
+
+    @property
+    def state(self) -> dict[str, Any]:  # type: ignore[override]
+        shards = self._whole.state["shards"]
+        own = {n.removeprefix(self._place): entry for n, entry in shards.items() if n.startswith(self._place)}
+        return {"shards": own}
+
+    def finish(self, name: str, facts: Mapping[str, Any]) -> None:
+        self._whole.finish(self._place + name, facts)
+
+    def settle(self) -> None:
+        self._whole.settle()
+
+    def drop(self, name: str) -> None:
+        self._whole.drop(self._place + name)
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
@@ -339,10 +384,10 @@ def _remove(path: Path) -> None:
 
 def _sound(shards: object) -> bool:
     """Whether ``shards`` of a state file has the form of :meth:`Staging.finish`: names of files in the folder itself,
-    each with a hash and facts.
+    or in folders of it, each with a hash and facts.
     """
     return isinstance(shards, dict) and all(
-        Path(name).name == name
+        is_nested_name(name)
         and isinstance(entry, dict)
         and isinstance(entry.get("sha256"), str)
         and isinstance(entry.get("facts"), dict)

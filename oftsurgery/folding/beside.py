@@ -13,6 +13,7 @@ from typing import Any
 
 from oftsurgery.adapters.reading import homes_of
 from oftsurgery.files.carried import Carried, carried_from
+from oftsurgery.files.layout import LAYOUTS
 from oftsurgery.files.tokenizer_files import choose_tokenizer, restore_tokenizer
 from oftsurgery.records.record import FoldRecord
 
@@ -34,7 +35,10 @@ def beside_model(
         StateError: the chosen tokenizer does not exist.
         CheckpointError: a file cannot be used.
     """
-    carried = Carried() if home is None else carried_from(home, [p.name for p in home.glob("model*.safetensors")])
+    weights = [
+        p.name for layout in LAYOUTS for p in ([] if home is None else home.glob(layout.shards.format(suffix="*")))
+    ]
+    carried = Carried() if home is None else carried_from(home, weights)
     if not hasattr(tokenizer, "save_pretrained"):
         adapters = homes_of(record.adapters if record is not None else ())
         rows = rows_of(config.to_dict() if hasattr(config, "to_dict") else {})

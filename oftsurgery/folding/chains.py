@@ -18,7 +18,7 @@ from oftsurgery.adapters.parts import RowParts, SwappedHalves
 from oftsurgery.adapters.weight_map import TRAINED_ON, WeightMap
 from oftsurgery.errors import MatchError, ShapeError, printable
 from oftsurgery.records.record import AdapterInfo, FoldRecord
-from oftsurgery.stores.flat_names import Meaning
+from oftsurgery.stores.meaning import Meaning
 from oftsurgery.weights.fold import in_weight_order
 
 #: function from a weight's name to its shape

@@ -215,9 +215,10 @@ def plan_checkpoint(
     vocabulary = changes.vocabulary
     config = store.config if vocabulary is None else vocabulary.in_config(store.config)
     config = configs.output_config(config, target.format, written, untied=changes.clears_flag)
-    carried = carried_from(source.folder, source.shards)
-    before = None if vocabulary is None else vocabulary.before
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
+    carried = carried_of(source)
+    if not source.single:
+        before = None if vocabulary is None else vocabulary.before
+        carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     if undo is not None and plan.converts:
         raise engine.no_undo(format)
@@ -250,20 +251,33 @@ def _written_quantization(store: FolderStore, target: Target, compute_dtype: tor
     return Quantization(target.codec, target.double_quant, compute_dtype)
 
 
+def carried_of(source: Checkpoint) -> Carried:
+    """The files beside a checkpoint that belong to it; a single file has none."""
+    return Carried() if source.single else carried_from(source.folder, source.shards)
+
+
 def make_plan(
     store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int, carried: Carried
 ) -> CheckpointPlan:
     """A plan of ``jobs`` with the fields that all plans share."""
     outputs = {name: output for job in jobs for name, output in job.outputs.items()}
     config = loadable_config(config, outputs)
-    card.own_card(store.source.folder)  # a card that cannot be read is refused now
+    if not store.source.single:
+        card.own_card(store.source.folder)  # a card that cannot be read is refused now
+    else:
+        max_shard_bytes = sum(map(nbytes_of, (job.outputs for job in jobs))) + 1
     return CheckpointPlan(
-        store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
+        store,
+        tuple(jobs),
+        into_shards([job.outputs for job in jobs], max_shard_bytes, store.source.layout.output),
+        config,
+        carried,
     )
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
     """Refuse a source that another library quantised, and an unknown ``format`` or ``fold_into``."""
+    _check_not_fp8(store.source)
     settings = store.source.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
         message = f"`quantization_config` in config.json must be a JSON object, but is a {type(settings).__name__}"
@@ -298,6 +312,21 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
         _check_quantised_first(store, store.quantization.codec, format, fold_into)
 
 
+def _check_not_fp8(source: Checkpoint) -> None:
+    """Refuse weights in 8-bit floats, whose scales the tools name and apply in different ways."""
+    marks = (".scale_weight", ".weight_scale", "scaled_fp8")
+    fp8 = next((n for n, e in source.entries.items() if e.dtype.startswith("F8_") and len(e.shape) > 1), None)
+    if fp8 is not None:
+        scaled = any(name.endswith(marks) for name in source.entries)
+        raise FormatError(
+            f"the checkpoint is stored in fp8{', with scales beside the weights' if scaled else ''}, which oftsurgery does not fold",
+            tensor=fp8,
+            format=source.entries[fp8].dtype,
+            path=source.path,
+            remedy="give the same model in bf16, fp16 or fp32, and convert the folded model to fp8 again with the tool that you use",
+        )
+
+
 def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_into: str) -> None:
     """Refuse a quantisation of the source that the source or the output format excludes."""
     if has_quantised_weights(store.source):
@@ -319,9 +348,17 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_int
             message,
             remedy="leave out quantize=… (--quantize), or leave out fold_into='original' (--fold-into original)",
         )
+    if store.source.single:
+        raise StateError(
+            "a single file has no class that says which of its modules bitsandbytes quantises",
+            path=store.source.path,
+            remedy="fold the same model as a folder of diffusers (from_single_file(…).save_pretrained(…)); or choose format='bf16' "
+            "(--format bf16) and trained_on='plain' (--trained-on plain)",
+        )
     if store.architecture.linears is None:
         raise StateError(
-            "the model's class decides which modules bitsandbytes loading quantises, and transformers does not know the class or is not installed",
+            "the model's class decides which modules bitsandbytes loading quantises, and its library (transformers or diffusers) does not "
+            "know the class or is not installed",
             path=store.source.folder,
-            remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
+            remedy="pip install 'oftsurgery[peft]', or 'oftsurgery[diffusers]' for a model of diffusers; or quantise the model with its library first",
         )

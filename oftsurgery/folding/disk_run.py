@@ -39,6 +39,7 @@ from .disk_jobs import Job, Part
 from .disk_plan import CheckpointPlan
 from .folder_writer import Item, Shard, write_other_files, write_shard
 from .quantised_first import facts_of_quantization
+from .single_file_writer import check_single_destination, publish_single_file, with_sizes
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
@@ -68,46 +69,71 @@ def run_plan(
             nor ``force`` is set.
         OFTSurgeryError: as for a fold in memory.
     """
-    _check_destination(plan, destination)
-    if plan.undo is not None and not (resume and plan.undo.is_file()):
-        check_place(plan.undo, force=force)
-    key = _fingerprint(plan)
+    check_destination(plan, destination, resume=resume, force=force)
+    key = fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, None if calibrate is None else calibrate(staging))
-        if resume and plan.undo is not None and plan.undo.is_file():
-            with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
-                run.written = open_undo(plan.undo)
-        for shard in plan.shards:
-            run.shard(shard, staging)
-        record = run.record()
-        if not plan.unfolds and record is not None:
-            engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
-        elif plan.changes.rotate:
-            engine.finish_unfold(plan.changes, run.modules, plan.store.record)
-        if plan.undo is not None and record is not None:
-            run.write_undo(plan.undo, record, staging, force=force)
-        record = write_other_files(
-            staging,
-            [shard.file for shard in plan.shards],
-            record,
-            source=plan.source.folder,
-            jsons={"config.json": plan.config},
-            carried=plan.carried,
-            exact=not plan.converts,
-            # an unfolded checkpoint keeps the sizes in the earlier fold's record
-            before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
+        inputs_of = None if calibrate is None else calibrate(staging)
+        record = write_plan(
+            plan, staging, device=device, resume=resume, force=force, progress=progress, inputs_of=inputs_of
         )
+        if plan.source.single:
+            return publish_single_file(staging, plan.shards[0].file, record)
         staging.publish()
     return record
 
 
-def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
-    """Refuse a destination whose writing would change or remove the folders that are read."""
+def write_plan(
+    plan: CheckpointPlan,
+    staging: Staging,
+    *,
+    device: str,
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+    inputs_of: InputsOf | None = None,
+) -> FoldRecord | None:
+    """Write everything of ``plan`` into the unfinished output ``staging``, which the caller publishes."""
+    run = _Run(plan, torch.device(device), progress, inputs_of)
+    if resume and plan.undo is not None and plan.undo.is_file():
+        with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
+            run.written = open_undo(plan.undo)
+    for shard in plan.shards:
+        run.shard(shard, staging)
+    record = run.record()
+    if not plan.unfolds and record is not None:
+        engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
+    elif plan.changes.rotate:
+        engine.finish_unfold(plan.changes, run.modules, plan.store.record)
+    if plan.undo is not None and record is not None:
+        run.write_undo(plan.undo, record, staging, force=force)
+    # an unfolded checkpoint keeps the sizes in the earlier fold's record
+    before = None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values())
+    if plan.source.single:
+        return record if record is None or before is None else with_sizes(staging, plan.shards[0].file, record, before)
+    return write_other_files(
+        staging,
+        [shard.file for shard in plan.shards],
+        record,
+        source=plan.source.folder,
+        jsons={"config.json": plan.config},
+        carried=plan.carried,
+        exact=not plan.converts,
+        before=before,
+        layout=plan.source.layout.output,
+    )
+
+
+def check_destination(plan: CheckpointPlan, destination: Path, *, resume: bool, force: bool) -> None:
+    """Refuse a destination whose writing would change or remove the folders that are read, and a place of the undo record where
+    something is.
+    """
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
-    sources = {s.source.folder.resolve() for s in stores if s is not None}
+    sources = {s.source.path.resolve() for s in stores if s is not None}
     adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
     check_apart(destination, "source", sources)
+    if plan.source.single:
+        check_single_destination(destination, force=force)
     check_apart(destination, "adapter", filter(Path.is_dir, adapters))
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(
@@ -115,9 +141,11 @@ def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
             path=plan.undo,
             remedy="name a file outside the destination: undo=… (--undo)",
         )
+    if plan.undo is not None and not (resume and plan.undo.is_file()):
+        check_place(plan.undo, force=force)
 
 
-def _fingerprint(plan: CheckpointPlan) -> str:
+def fingerprint(plan: CheckpointPlan) -> str:
     """Hash of everything that decides the output: unfinished work with another fingerprint is not resumed."""
     facts = {
         "source": plan.source.identity,
@@ -190,7 +218,9 @@ class _Run:
 
     def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
         record = self.record()
-        metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
+        metadata = dict(self.plan.source.metadata) | (
+            {} if record is None else {"oftsurgery": record.header(format=self.plan.format)}
+        )
         items = [
             Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
             for job in jobs
@@ -322,7 +352,8 @@ class _Run:
 
 def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
     """The revision that was asked for of a Hub repository, and the commit that was folded; nothing for a local folder."""
-    facts = {"revision": source.revision, "commit": commit_of(source.folder)}
+    commits = (commit_of(folder) for folder in (source.folder, *source.folder.parents))
+    facts = {"revision": source.revision, "commit": next((commit for commit in commits if commit is not None), None)}
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 

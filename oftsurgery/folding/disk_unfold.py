@@ -11,20 +11,20 @@ from functools import partial
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import IntegrityError, LeftOutWarning, StateError, warn_caller
-from oftsurgery.files.carried import Carried, carried_from
+from oftsurgery.files.carried import Carried
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.tokenizer_files import restore_tokenizer
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, record_beside
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.ties import FLAG
 
 from . import engine
 from .disk_jobs import Check, Job, JobBuilder, Part, copy_job
-from .disk_plan import CheckpointPlan, make_plan
+from .disk_plan import CheckpointPlan, carried_of, make_plan
 from .plan import FoldPlan, plan_changes
 from .quantised_first import recorded_quantization
 from .undo_reader import UndoRecord
@@ -62,7 +62,7 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
         StateError: the folded checkpoint has no record, or another format than the base had.
         MatchError: the base lacks a tensor that was folded.
     """
-    record = record_in(folded.folder)
+    record = record_beside(folded)
     if record is None:
         message = f"the checkpoint has no {RECORD}"
         remedy = "give the adapter in place of the base: adapter=… (--adapter) rotates back"
@@ -90,9 +90,9 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     shapes = {o.name: origin.shape(o.at) for found in wanted.values() for o in found}
     vocabulary = store.vocabulary({store.locate([n]).get(n, n): shape for n, shape in shapes.items()})
     config = configs.restored_config(folded.config, base.config, head=bool(record.added), vocabulary=vocabulary)
-    carried = carried_from(folded.folder, folded.shards)
+    carried = carried_of(folded)
     if _brought(record):
-        carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))
+        carried = restore_tokenizer(carried, carried_of(base))
     return make_plan(store, jobs, config, max_shard_bytes, carried)
 
 
@@ -100,14 +100,14 @@ def _carried(folded: Checkpoint) -> Carried:
     """The files beside the weights of a folded checkpoint without its base; one :class:`LeftOutWarning` names the files that
     stay the adapter's.
     """
-    brought = _brought(record_in(folded.folder))
+    brought = _brought(record_beside(folded))
     if brought:
         warn_caller(
             f"the output has the {' and the '.join(brought)} that the fold brought, not the base's: unfold with base=… (--base), or copy the "
             "base's files",
             LeftOutWarning,
         )
-    return carried_from(folded.folder, folded.shards)
+    return carried_of(folded)
 
 
 def _brought(record: FoldRecord | None) -> list[str]:

@@ -47,6 +47,10 @@ _NAMED = 5
 # --- computing --------------------------------------------------------------------------------------------------------
 
 
+#: records that other threads may still be at work on
+_UNFINISHED = 4
+
+
 @dataclass(eq=False)
 class Operation:
     """One run of a plan: the operation computes the changes, gives them to the undo record, and collects the fold's record.
@@ -81,10 +85,14 @@ class Operation:
     @property
     def modules(self) -> dict[str, ModuleRecord]:
         """``{path: record}`` of the rotated modules."""
-        while self._records:
+        self._settle(0)
+        return self._modules
+
+    def _settle(self, left: int) -> None:
+        """Finish all records but the last few; an unfinished record keeps its weight in memory."""
+        while len(self._records) > left:
             path = next(iter(self._records))
             self._modules[path] = self._records.pop(path)()
-        return self._modules
 
     def replaced(self, name: str, before: Tensor | EncodedWeight, after: Tensor) -> None:
         """Record that a tensor took an adapter's own values."""
@@ -127,6 +135,7 @@ class Operation:
             folded = fold_calibrated(before, chain, into, inputs)
         new = folded.encoded
         self._records[change.path] = end(folded)
+        self._settle(_UNFINISHED)
         if self.undo is not None:
             same = None if change.name in self.brought else self.plan.partner(change.name)
             if same is not None:

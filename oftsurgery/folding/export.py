@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import FORMAT_OF, NAMED
 from oftsurgery.errors import GATHER_MODEL, FormatError, SourceWarning, StateError, not_gathered, printable, warn_caller
 from oftsurgery.files.finding import loaded_commit
-from oftsurgery.files.layout import CONFIG
+from oftsurgery.files.layout import CONFIG, layout_for
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
@@ -26,6 +26,7 @@ from oftsurgery.records.record_file import public_place, public_record
 from oftsurgery.stores import configs
 from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
+from oftsurgery.stores.image_models import is_of_diffusers
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.modules import inner_model, modules_of
@@ -49,15 +50,16 @@ def save_model(
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
     items = _items(model, dtype)
-    shards = into_shards([item.outputs for item in items], max_shard_bytes)
+    jsons = config_files(model, dtype)
+    layout = layout_for(jsons.get(CONFIG, {}))
+    shards = into_shards([item.outputs for item in items], max_shard_bytes, layout)
     own, home = record_of(model), source_of(model)
     record = None if own is None else public_record(own)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=format_named(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
-    jsons = config_files(model, dtype)
-    if "config.json" in jsons:
+    if CONFIG in jsons:
         written = {name: output for item in items for name, output in item.outputs.items()}
-        jsons["config.json"] = loadable_config(jsons["config.json"], written)
+        jsons[CONFIG] = loadable_config(jsons[CONFIG], written)
     with (
         beside_model(home, own, tokenizer, getattr(model, "config", None)) as carried,
         Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
@@ -74,6 +76,7 @@ def save_model(
             jsons=jsons,
             carried=carried,
             exact=dtype is None and not _converted_by(own),
+            layout=layout,
         )
         staging.publish()
     return record
@@ -215,11 +218,9 @@ def source_of(model: nn.Module) -> Path | None:
 
 def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
     """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``; empty for a model without a config."""
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_json_string"):
+    plain = _plain_config(model)
+    if not plain:
         return {}
-    plain = json.loads(config.to_json_string(use_diff=False))
-    plain["architectures"] = [type(model).__name__]
     if plain.get("_name_or_path"):
         plain["_name_or_path"] = public_place(plain["_name_or_path"])
     found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
@@ -233,6 +234,18 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
     if generation is not None and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = json.loads(generation.to_json_string())
     return files
+
+
+def _plain_config(model: Any) -> dict[str, Any]:
+    """The model's config as JSON holds it; empty for a model without a config of transformers or diffusers."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        return {**plain, "architectures": [type(model).__name__]}
+    if hasattr(model, "to_json_string") and hasattr(model, "config_name"):  # of diffusers
+        found: dict[str, Any] = json.loads(model.to_json_string())
+        return found if is_of_diffusers(found) else {}
+    return {}
 
 
 def _quantization_of(model: nn.Module, layer: Layer) -> Quantization:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oftsurgery.errors import LeftOutWarning, module_in_errors, printable, warn_caller
 from oftsurgery.files.carried import Carried
-from oftsurgery.files.layout import INDEX
+from oftsurgery.files.layout import LAYOUTS, Layout
 from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
@@ -60,13 +60,13 @@ def nbytes_of(outputs: Outputs) -> int:
     return sum(d.itemsize * math.prod(s) if s is not None else 256 for d, s in outputs.values())
 
 
-def into_shards(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
+def into_shards(items: Sequence[Outputs], limit: int, layout: Layout = LAYOUTS[0]) -> tuple[Shard, ...]:
     """Files of at most ``limit`` bytes (an item is never split), with the file names of the Hub's tools."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
     found = split_state_dict_into_shards_factory(
-        numbered, get_storage_size=nbytes_of, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+        numbered, get_storage_size=nbytes_of, filename_pattern=layout.shards, max_shard_size=limit
     )
     return tuple(Shard(file, tuple(map(int, names))) for file, names in found.filename_to_tensors.items())
 
@@ -122,6 +122,7 @@ def write_other_files(
     carried: Carried,
     exact: bool,
     before: int | None = None,
+    layout: Layout = LAYOUTS[0],
 ) -> FoldRecord | None:
     """Write the files beside the weights; return the record with the hashes of all files.
 
@@ -132,13 +133,15 @@ def write_other_files(
         carried: the files that are copied.
         exact: whether the weights have the source's formats.
         before: bytes of the source's tensors, for the record; None keeps the record's sizes.
+        layout: how the files of weights are called.
     """
-    _warn_of_lost(carried)
+    warn_of_lost(carried.lost)
     held = {file: read_header(staging.folder / file)[0] for file in files}
     total = sum(e.nbytes for entries in held.values() for e in entries)
     if len(files) > 1:
         weight_map = {e.name: file for file, entries in held.items() for e in entries}
-        staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        staging.put_json(layout.index, index)
     for name, path in carried.files.items():
         staging.copy(path, name)
     for name, value in jsons.items():
@@ -161,13 +164,13 @@ def write_other_files(
     return record
 
 
-def _warn_of_lost(carried: Carried) -> None:
+def warn_of_lost(lost: Mapping[str, str]) -> None:
     """One :class:`LeftOutWarning` that names files of the whole model that the output lacks, if there are any."""
-    if carried.lost:
-        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(carried.lost.items())[:3])
-        more = f"; and {len(carried.lost) - 3} more" if len(carried.lost) > 3 else ""
+    if lost:
+        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(lost.items())[:3])
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
         warn_caller(
-            f"the output lacks {len(carried.lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
+            f"the output lacks {len(lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
             "safe_serialization=True, or copy the files if you trust them",
             LeftOutWarning,
         )

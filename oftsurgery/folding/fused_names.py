@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from oftsurgery.stores.flat_names import Meaning
+from oftsurgery.stores.meaning import Meaning
 
 _QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 #: end of a fused module's name → the ends of its parts
@@ -34,7 +34,7 @@ def _split(name: str, meanings: MeaningsOf) -> Meaning | None:
             continue
         parts = [name.removesuffix(end) + part for part in ends]
         known = meanings(parts)
-        if all(part in known and _is_whole(known[part]) for part in parts):
+        if all(part in known and known[part].whole for part in parts):
             return Meaning(tuple(known[part].modules[0] for part in parts))
     return None
 
@@ -46,11 +46,7 @@ def _fused(name: str, meanings: MeaningsOf) -> Meaning | None:
             continue
         start = name.removesuffix(part)
         known = meanings([start + end])
-        if start + end in known and _is_whole(known[start + end]):
+        if start + end in known and known[start + end].whole:
             of = tuple(start + other for other in ends)
             return Meaning(known[start + end].modules, ends.index(part), of)
     return None
-
-
-def _is_whole(meaning: Meaning) -> bool:
-    return len(meaning.modules) == 1 and meaning.part is None and not meaning.swapped

@@ -19,7 +19,7 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
-from oftsurgery.stores.flat_names import Meaning
+from oftsurgery.stores.meaning import Meaning
 from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
 

@@ -135,6 +135,8 @@ def _library(config: Mapping[str, Any], files: Collection[str]) -> str | None:
         return "onnx"
     if "modules.json" in files:
         return "sentence-transformers"
+    if "_class_name" in config:
+        return "diffusers"
     return "transformers" if "model_type" in config else None
 
 

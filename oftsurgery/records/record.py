@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib import metadata
 from types import MappingProxyType, NoneType
@@ -364,3 +364,26 @@ class FoldRecord(_Stored):
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def joined(records: Mapping[str, FoldRecord]) -> FoldRecord:
+    """The records of a pipeline's models as one record, with the components' names in front of paths, tensors and files."""
+    first = next(iter(records.values()))
+
+    def named(field: str, sep: str = ".") -> dict[str, Any]:
+        parts = {component: getattr(record, field) for component, record in records.items()}
+        return {f"{component}{sep}{name}": value for component, part in parts.items() for name, value in part.items()}
+
+    adapters = {a.fingerprint: a for record in records.values() for a in record.adapters}
+    sizes = [record.sizes for record in records.values() if record.sizes]
+    return replace(
+        first,
+        adapters=tuple(adapters.values()),
+        modules=named("modules"),
+        saved=named("saved"),
+        files=named("files", "/"),
+        sizes={name: sum(part.get(name, 0) for part in sizes) for name in (sizes[0] if sizes else {})},
+        idle=tuple(f"{c}.{path}" for c, record in records.items() for path in record.idle),
+        added=tuple(f"{c}.{path}" for c, record in records.items() for path in record.added),
+        missing=tuple(f"{c}.{path}" for c, record in records.items() for path in record.missing),
+    )

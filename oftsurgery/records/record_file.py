@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.finding import HUB
+from oftsurgery.files.layout import PIPELINE
 from oftsurgery.files.reading import inside, read_json
 
-from .record import AdapterInfo, FoldRecord
+from .record import AdapterInfo, FoldRecord, joined
 
 if TYPE_CHECKING:
+    from oftsurgery.files.checkpoint import Checkpoint
     from oftsurgery.files.staging import Staging
 
 RECORD = "oftsurgery.json"
@@ -49,6 +51,39 @@ def record_at(path: Path) -> FoldRecord:
     except (TypeError, RecursionError) as error:
         message = f"the record of an earlier fold cannot be read ({printable(error)})"
         raise CheckpointError(message, path=path, remedy=_RESTORE) from error
+
+
+def sidecar_of(file: Path) -> Path:
+    """The file that holds the record of a checkpoint in a single file."""
+    return file.with_name(f"{file.name}.{RECORD}")
+
+
+def record_beside(checkpoint: Checkpoint) -> FoldRecord | None:
+    """The record of a checkpoint, in its folder or beside its single file; or None.
+
+    Raises:
+        CheckpointError: the record cannot be read.
+    """
+    if not checkpoint.single:
+        return record_in(checkpoint.folder)
+    name = sidecar_of(checkpoint.path).name
+    return record_at(inside(checkpoint.folder, name)) if os.path.lexists(checkpoint.folder / name) else None
+
+
+def records_in(folder: Path) -> FoldRecord | None:
+    """The record in a checkpoint's folder or beside its single file, or of a pipeline the records of its models as one; or None.
+
+    Raises:
+        CheckpointError: a record cannot be read.
+    """
+    if folder.is_file():
+        sidecar = sidecar_of(folder)
+        return record_at(sidecar) if sidecar.is_file() else None
+    if not (folder / PIPELINE).is_file():
+        return record_in(folder)
+    below = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))
+    found = {name: record for name in below if (record := record_in(folder / name)) is not None}
+    return joined(found) if found else None
 
 
 def public_info(info: AdapterInfo) -> AdapterInfo:

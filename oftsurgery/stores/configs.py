@@ -10,6 +10,8 @@ from oftsurgery.dtype_names import name_of
 from oftsurgery.dtypes import DENSE
 from oftsurgery.formats.all_formats import FORMATS
 
+from .image_models import is_of_diffusers
+
 if TYPE_CHECKING:
     from .folder import Quantization
     from .vocabulary import Vocabulary
@@ -29,13 +31,13 @@ def output_config(
         return new
     if format in DENSE:
         new.pop("quantization_config", None)
-        for sub in _with_text(new):
+        for sub in _with_text(new) if not is_of_diffusers(new) else ():  # whose configs name no dtype
             if sub is new or "dtype" in sub or "torch_dtype" in sub:
                 sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
     elif quantization is not None:
         old = new.get("quantization_config")
         new["quantization_config"] = bnb_config(quantization, old if isinstance(old, Mapping) else {})
-        if quantization.dtype is not None:
+        if quantization.dtype is not None and not is_of_diffusers(new):
             new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
     for sub in _with_text(new):
         readable_rope(sub)

@@ -5,6 +5,7 @@ by weight, without building the model.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,16 +22,19 @@ from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import record_beside
 
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
-from .flat_names import Meaning, find_flat
 from .idle import is_idle
+from .image_models import is_of_diffusers
+from .image_names import ImageNames
 from .layers import Layer
 from .layouts import find_names
+from .meaning import Meaning
 from .naming import architecture_of, locate
 from .resizing import resized
+from .single_file import SingleFileNames
 from .skeleton import skeleton
 from .store import LayerInfo
 from .ties import Ties
@@ -97,7 +101,7 @@ class FolderStore:
 
     @cached_property
     def record(self) -> FoldRecord | None:
-        return record_in(self.source.folder)
+        return record_beside(self.source)
 
     @property
     def ties(self) -> Ties:
@@ -127,7 +131,15 @@ class FolderStore:
         return found
 
     def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
-        return {name: Meaning((path,)) for name, path in find_flat(names, self.names).items()}
+        return self._tool_names.meanings(names)
+
+    @cached_property
+    def _tool_names(self) -> ImageNames | SingleFileNames:
+        """The names of the modules with weights, as image tools write them."""
+        paths = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+        if not self.architecture.modules:
+            return SingleFileNames(paths)
+        return ImageNames(paths, encoder=not is_of_diffusers(self.config))
 
     def _check_not_merged(self, paths: Iterable[str]) -> None:
         """Refuse an adapter on a weight that transformers merges from several tensors of the checkpoint (fused experts):
@@ -313,9 +325,16 @@ def has_quantised_weights(source: Checkpoint) -> bool:
 
 
 def load_dtype(source: Checkpoint) -> torch.dtype:
-    """The dtype in which transformers 5 loads the checkpoint by default: the config's dtype, or else the dtype of the first
-    float tensor.
+    """The dtype in which the checkpoint is loaded. transformers 5 takes the config's dtype by default, or else the dtype of the first
+    float tensor. The configs of diffusers name no dtype, and its trainers load a model as it is stored: the dtype is that of the
+    most bytes of float tensors, without the statistics of quantised weights.
     """
+    if is_of_diffusers(source.config):
+        held: Counter[torch.dtype] = Counter()
+        for name, entry in source.entries.items():
+            if DTYPES[entry.dtype] in FLOATS and not checkpoint_tensors.is_companion(name, source.entries):
+                held[DTYPES[entry.dtype]] += entry.nbytes
+        return held.most_common(1)[0][0] if held else torch.float32
     named = source.config.get("dtype", source.config.get("torch_dtype"))
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if isinstance(dtype, torch.dtype):

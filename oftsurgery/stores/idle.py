@@ -62,7 +62,7 @@ def is_idle(modules: Mapping[str, nn.Module], path: str, *, quantised: bool) -> 
         layer, called = _EXCEPTIONS.get(cls.__name__, (None, False))
         if layer == name:
             return not (called and quantised)
-    if _uses(owner, None, name) != {"reads"}:
+    if _uses(owner, None, name) != {"reads"} or _hands_itself_over(owner):
         return False
     parts = above.split(".")
     around: list[Any] = [type(modules.get(".".join(parts[:i]))) for i in range(len(parts))]
@@ -83,6 +83,21 @@ def _uses(cls: type[Any], parent: str | None, layer: str) -> frozenset[_Use]:
                 if use == "calls" or (use == "reads" and method != "__init__"):
                     found.add(use)
     return frozenset(found)
+
+
+@cache
+def _hands_itself_over(cls: type[Any]) -> bool:
+    """Whether ``forward`` gives the module itself to another object of its own, which may call any layer of the module: the
+    attention of diffusers' models computes in ``self.processor(self, …)``.
+    """
+    forward = inspect.unwrap(getattr(cls, "forward", None) or (lambda: None))
+    calls = (node for node in ast.walk(_parsed(forward)) if isinstance(node, ast.Call))
+    return any(
+        isinstance(node.func, ast.Attribute)
+        and _is_of(node.func.value, None)
+        and any(_is_of(a, None) for a in node.args)
+        for node in calls
+    )
 
 
 def _is_of(value: ast.expr, parent: str | None) -> bool:

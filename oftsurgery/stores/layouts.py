@@ -9,6 +9,7 @@ from typing import Any
 
 from oftsurgery.files.wrappers import without_module
 
+from .image_names import ImageNames
 from .modules import modules_of, tensors_in
 
 #: a function from a name elsewhere to the name in the model
@@ -27,10 +28,27 @@ def layouts_of(model: Any) -> tuple[Layout, ...]:
     own: tuple[Layout, ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
     # DDP puts `module` in front of names
     own += (without_module, lambda name: prefix + without_module(name))
+    own += image_layouts(_weighted(model), encoder=is_encoder(model))
     inside = list(_language_models(model))
     if not inside:
         return own + tuple(partial(_taken_out, rule=rule) for rule in own)
     return own + tuple(partial(_put_in, before=before, after=f"{path}.") for path, before in inside)
+
+
+def is_encoder(model: Any) -> bool | None:
+    """Whether a model is of transformers, as the text encoders of image models are, and not of diffusers; None for another model."""
+    return True if hasattr(model, "base_model_prefix") else False if hasattr(model, "_internal_dict") else None
+
+
+def image_layouts(modules: Iterable[str], *, encoder: bool | None) -> tuple[Layout, ...]:
+    """The layouts of image tools: prefixes and flattened paths, in the model's own layout and in the other one."""
+    names = ImageNames(modules, encoder=encoder)
+    return tuple(partial(names.in_model, layout=i) for i in (0, 1))
+
+
+def _weighted(model: Any) -> Iterator[str]:
+    """The paths of the modules that have weights."""
+    return (path for path, module in modules_of(model).items() if module._parameters.get("weight") is not None)
 
 
 def _taken_out(name: str, rule: Layout) -> str:

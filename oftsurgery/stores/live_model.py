@@ -17,10 +17,11 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .adaptable import adaptable_of
-from .flat_names import Meaning, find_flat
 from .idle import is_idle
+from .image_names import ImageNames
 from .layers import Layer
-from .layouts import find_names, layouts_of, names_in_model
+from .layouts import find_names, is_encoder, layouts_of, names_in_model
+from .meaning import Meaning
 from .modules import inner_model, modules_of, shells_of, tensors_in
 from .resizing import resized
 from .skeleton import quiet
@@ -103,7 +104,8 @@ class LiveStore:
         return find_names(wanted, called, layouts_of(inner))
 
     def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
-        return {name: Meaning((path,)) for name, path in find_flat(names, self.modules).items()}
+        paths = (path for path, module in self.modules.items() if module._parameters.get("weight") is not None)
+        return ImageNames(paths, encoder=is_encoder(inner_model(self.model))).meanings(names)
 
     def layer(self, name: str) -> LayerInfo:
         layer, tensor = self.at(name), self.tensor(name)

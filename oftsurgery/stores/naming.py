@@ -20,9 +20,11 @@ from torch import nn
 from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
+from . import image_models
 from .conversion import Unit, unit_of
-from .layouts import Layout, find_names, layouts_of
+from .layouts import Layout, find_names, image_layouts, layouts_of
 from .modules import modules_of
+from .single_file import single_file_layouts
 from .skeleton import skeleton
 from .ties import Ties, ties_of
 
@@ -105,8 +107,14 @@ def architecture_of(
     model = skeleton(config, dtype, len(shapes))
     if model is None:
         ends = _CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
+        weights = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
         return Architecture(
-            {name: name for name in shapes}, transposed=frozenset(n for n in shapes if n.endswith(ends))
+            {name: name for name in shapes},
+            transposed=frozenset(n for n in shapes if n.endswith(ends)),
+            layouts=(
+                str,
+                *(image_layouts(weights, encoder=True) if "model_type" in config else single_file_layouts(weights)),
+            ),
         )
     return names_of(model, shapes, dtype, skip)
 
@@ -118,6 +126,8 @@ def names_of(
     skip: Sequence[str] | None = None,
 ) -> Architecture:
     """The names of a checkpoint's tensors in ``model``, which is on the meta device. Arguments as for :func:`architecture_of`."""
+    if not hasattr(model, "base_model_prefix"):
+        return _names_of_image_model(model, shapes, dtype, skip)
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -160,13 +170,33 @@ def names_of(
     )
 
 
+def _names_of_image_model(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None
+) -> Architecture:
+    """:func:`names_of` for a model of diffusers, whose tensors have the same names on disk."""
+    modules = modules_of(model)
+    return Architecture(
+        renamed={name: name for name in shapes},
+        linears=quantised_with(model, modules, skip),
+        quantised_with=partial(quantised_with, model, modules),
+        loaded=image_models.loaded_dtypes(model, dtype),
+        modules=modules,
+        ties=ties_of(model),
+        layouts=layouts_of(model),
+        name=type(model).__name__,
+    )
+
+
 def quantised_with(model: Any, modules: Mapping[str, nn.Module], skip: Sequence[str] | None) -> frozenset[str]:
-    """The names of the weights that bitsandbytes loading quantises in a model of transformers.
+    """The names of the weights that bitsandbytes loading quantises in a model of transformers or of diffusers.
 
     Args:
         modules: ``{path: module}`` of the model.
         skip: ``llm_int8_skip_modules``; None for transformers' own choice.
     """
+    if not hasattr(model, "base_model_prefix"):
+        left = image_models.not_converted(model, skip)
+        return frozenset(f"{p}.weight" for p, m in modules.items() if isinstance(m, nn.Linear) and not left(p))
     skipped = _not_converted(model, skip)
     linears = (path for path, m in modules.items() if type(m).__name__ == "Conv1D" or type(m) is nn.Linear)
     return frozenset(f"{path}.weight" for path in linears if not skipped(path))

@@ -22,11 +22,11 @@ _REMEDY = "write the weights dequantised: format='bf16' with quantize='nf4' (--f
 
 
 def loadable_config(config: Mapping[str, Any], written: Written) -> dict[str, Any]:
-    """``config`` with a list ``llm_int8_skip_modules`` by which transformers quantises exactly the modules whose weights are
-    ``written`` quantised. The config's own list stays where it has this effect.
+    """``config`` with a list ``llm_int8_skip_modules`` by which the library that loads the model (transformers or diffusers)
+    quantises exactly the modules whose weights are ``written`` quantised. The config's own list stays where it has this effect.
 
     Raises:
-        FormatError: no list has this effect, or transformers would not find a weight that is written.
+        FormatError: no list has this effect, or the library would not find a weight that is written.
     """
     settings: Any = config.get("quantization_config")
     quantised = [n for n in written if n.endswith("weight") and len(companion_names(n, written)) > 1]
@@ -38,7 +38,7 @@ def loadable_config(config: Mapping[str, Any], written: Written) -> dict[str, An
     choice = _Choice(names, frozenset(names.renamed[name] for name in quantised))
     skip = choice.skip(settings.get(_SKIP))
     found = _found(names, model)
-    if _replace_modules(model):
+    if hasattr(model, "base_model_prefix") and _replace_modules(model):
         _check_found(found, _found(names_of(model, shapes), model))
     return {**config, "quantization_config": {**settings, _SKIP: skip}}
 

@@ -15,6 +15,8 @@ import torch
 from oftsurgery.errors import CheckpointError, needs, printable
 from oftsurgery.progress import without_bars
 
+from .image_models import image_model, is_of_diffusers
+
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
 
@@ -83,18 +85,44 @@ def _without_parameters() -> contextlib.AbstractContextManager[None]:
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buffers: bool = False) -> Any:
-    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or for a class that
-    transformers does not know.
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers (diffusers), or for a class that
+    transformers (diffusers) does not know.
 
     Args:
         tensors: number of the checkpoint's tensors, which bounds the number of the model's modules.
         buffers: whether the buffers have their values; accelerate must be installed then.
 
     Raises:
-        CheckpointError: transformers knows the class and cannot build it from this config.
+        CheckpointError: the library knows the class and cannot build it from this config.
     """
-    if "model_type" not in config or _BY_NAMES.get():
+    if _BY_NAMES.get():
         return None
+    if is_of_diffusers(config):
+        with _bounded(tensors), _without_parameters() if buffers else torch.device("meta"):
+            return image_model(config)
+    return _of_transformers(config, dtype, tensors, buffers=buffers) if "model_type" in config else None
+
+
+@contextlib.contextmanager
+def _bounded(tensors: int) -> Iterator[None]:
+    """While the body runs, no config makes many more modules than a checkpoint of so many ``tensors`` has."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    built, most = itertools.count(), 10 * tensors + 10_000
+
+    def check(*_: object) -> None:
+        if next(built) > most:  # a config may ask for 10⁹ layers
+            raise ValueError("the config asks for many more modules than the checkpoint has tensors")
+
+    handle = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _of_transformers(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buffers: bool) -> Any:
+    """:func:`skeleton` of a model of transformers."""
     if not isinstance(config["model_type"], str):
         raise CheckpointError(
             f"`model_type` must be a string, but is {printable(config['model_type'])}",
@@ -106,18 +134,9 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buf
         import transformers.conversion_mapping
     except ImportError:
         return None
-    from torch.nn.modules.module import register_module_module_registration_hook
-
-    built, most = itertools.count(), 10 * tensors + 10_000
-
-    def bounded(*_: object) -> None:
-        if next(built) > most:  # a config may ask for 10⁹ layers
-            raise ValueError("the config asks for many more modules than the checkpoint has tensors")
-
     model_class, config_class = None, None
-    handle = register_module_module_registration_hook(bounded)
     try:
-        with quiet(), _without_parameters() if buffers else torch.device("meta"):
+        with _bounded(tensors), quiet(), _without_parameters() if buffers else torch.device("meta"):
             model_class, config_class = _classes(config)
             fields = readable_config(config)
             model_type = fields.pop("model_type")
@@ -135,5 +154,3 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buf
                 remedy="restore the config.json that belongs to the checkpoint",
             ) from error
         return None
-    finally:
-        handle.remove()

@@ -12,7 +12,7 @@ from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
-from .flat_names import Meaning
+from .meaning import Meaning
 from .ties import Ties
 from .vocabulary import Vocabulary
 

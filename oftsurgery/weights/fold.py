@@ -36,12 +36,14 @@ def begin_record(
         after = kernels.start(lambda: folded.encoded.fingerprint)
         before, measures = known()
         figures: dict[str, Any] = {f.name: getattr(folded, f.name) for f in fields(folded) if f.name != "encoded"}
+        label = folded.encoded.format.label
+        side, sizes = "+".join(dict.fromkeys(r.side for r in chain)), tuple(r.block_size for r in chain)
 
-        def record() -> ModuleRecord:
+        def record() -> ModuleRecord:  # which keeps neither weights nor maps until it is asked for
             return ModuleRecord(
-                format=folded.encoded.format.label,
-                side="+".join(dict.fromkeys(r.side for r in chain)),
-                block_size=tuple(r.block_size for r in chain),
+                format=label,
+                side=side,
+                block_size=sizes,
                 defect=max(defect for defect, _ in measures),
                 angle=max(angle for _, angle in measures),
                 before=before,

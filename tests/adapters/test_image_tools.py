@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import AdapterError, DialectError, FormatError, MatchError, NonFiniteError, ShapeError, StateError
-from oftsurgery.stores.flat_names import find_flat
 
 DIALECTS = {
     "kohya-sd-scripts-flux": "kohya-flux",
@@ -376,17 +375,6 @@ def test_rows_that_do_not_fit(write: Callable[..., Path]) -> None:
     adapter = oftsurgery.load_adapter(write(TURNED))
     with pytest.raises(ShapeError, match="4 blocks of size 2 cover 8 output features, but the weight has 6"):
         oftsurgery.fold(model_of({"a.weight": torch.randn(6, 4)}), adapter)
-
-
-def test_flat_names() -> None:
-    paths = ["down_blocks.0.proj_in", "down_blocks.0.attn.to_q", "mid.block"]
-    assert find_flat(["lora_unet_down_blocks_0_proj_in", "transformer.mid.block"], paths) == {
-        "lora_unet_down_blocks_0_proj_in": "down_blocks.0.proj_in", "transformer.mid.block": "mid.block",
-    }  # fmt: skip
-    assert find_flat(["my_own_down_blocks_0_proj_in", "my_own_mid_block"], paths)["my_own_mid_block"] == "mid.block"
-    assert find_flat(["my_own_mid_block", "other_mid_block"], paths) == {}
-    with pytest.raises(MatchError, match=r"stands for two modules of the model: a\.b_c, a_b\.c"):
-        find_flat(["lora_unet_a_b_c"], ["a.b_c", "a_b.c"])
 
 
 def test_strengths_are_checked(write: Callable[..., Path]) -> None:

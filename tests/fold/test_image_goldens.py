@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from warned import quietly
 import oftsurgery
 from oftsurgery.adapters.output_blocks import OutputBlocks
 from oftsurgery.checks import measures
-from oftsurgery.stores.flat_names import find_flat
+from oftsurgery.stores.image_names import ImageNames
 
 CASES = pytest.mark.parametrize("golden", GOLDENS, ids=lambda g: g.folder)
+
+
+def found_in(adapter: oftsurgery.OFTAdapter, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """``{module's name in the adapter: path in the model}``."""
+    paths = (name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    return {name: str(meaning.whole) for name, meaning in ImageNames(paths).meanings(adapter.modules).items()}
 
 
 @CASES
@@ -61,7 +68,7 @@ def test_the_checks_know_the_formulas_a_second_time(golden: Golden) -> None:
     assert effective is not None
     if golden.always:
         adapter = adapter.at_strength(1, golden.mode)
-    names = find_flat(adapter.modules, [name.removesuffix(".weight") for name in base if name.endswith(".weight")])
+    names = found_in(adapter, base)
     for name, weight_map in adapter.modules.items():
         path = names[name]
         weight = base[f"{path}.weight"]
@@ -102,7 +109,7 @@ def test_quantised_weights_hold_the_fold_up_to_their_rounding(folder: str, kind:
     adapter, base = golden.adapter(), quantise(model_of(golden.base_tensors()), kind)
     before = state_bytes(base)
     folded = quietly(oftsurgery.fold, base, adapter, undo=tmp_path / "fold.undo", rounding="nearest")
-    names = find_flat(adapter.modules, dict(base.named_modules()))
+    names = found_in(adapter, base.state_dict())
     for name, weight_map in adapter.modules.items():
         layer, new = base.get_submodule(names[name]), folded.get_submodule(names[name])
         if isinstance(layer, nn.Conv2d):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from image_goldens import IMAGE, model_of, relative
 from models import quantise, state_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from warned import quietly
 
 import oftsurgery
 from oftsurgery import MatchError, OFTAdapter
 from oftsurgery.adapters.output_blocks import OutputBlocks
-from oftsurgery.stores.flat_names import Meaning, flat_names
-from oftsurgery.stores.live_model import LiveStore
 
 FLUX = IMAGE / "layouts-flux"
 VARIANTS = sorted(path.name for path in FLUX.glob("trained*"))
@@ -32,31 +30,6 @@ PAIRS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 SWAPPED = "final_layer.adaLN_modulation.1"
-
-
-def meanings(store: LiveStore, names: Iterable[str]) -> Mapping[str, Meaning]:
-    """What flat names of either layout mean in a model of either layout."""
-    own = flat_names(store.names)
-    found: dict[str, Meaning] = {}
-    for name in names:
-        flat = name.removeprefix("lora_unet_").removeprefix("lycoris_")
-        if flat in own:
-            found[name] = Meaning((own[flat][0],))
-            continue
-        for original, parts in PAIRS.items():
-            if flat == original.replace(".", "_"):
-                found[name] = Meaning(parts, swapped=original == SWAPPED)
-            flats = [part.replace(".", "_") for part in parts]
-            if flat in flats and len(parts) > 1:
-                found[name] = Meaning((original,), flats.index(flat), parts)
-            elif flat in flats:
-                found[name] = Meaning((original,), swapped=original == SWAPPED)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def _both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LiveStore, "meanings", meanings)
 
 
 def layout(tensors: Mapping[str, torch.Tensor], which: str) -> dict[str, torch.Tensor]:
@@ -141,9 +114,42 @@ def test_two_modules_for_one_weight() -> None:
             oftsurgery.fold(model, adapter)
 
 
-def test_a_fused_projection_beside_the_names_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+@pytest.mark.parametrize("which", ["original", "diffusers"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_hold_what_memory_holds(variant: str, which: str, kind: str, tmp_path: Path) -> None:
+    tensors = layout(load_file(FLUX / "base.safetensors"), which)
+    beginning = "" if kind == "folder" else "model.diffusion_model."
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if kind == "folder":
+        base, out = tmp_path / "base", tmp_path / "out"
+        base.mkdir()
+    save_file({beginning + n: t for n, t in tensors.items()}, base / FILE if kind == "folder" else base)
+    adapter = FLUX / variant / "adapter.safetensors"
+    undo = tmp_path / "fold.undo"
+    record = quietly(oftsurgery.fold_checkpoint, base, adapter, out, trained_on="plain", undo=undo)
+    folded = load_file(out / FILE if kind == "folder" else out)
+    in_memory = oftsurgery.fold(model_of(tensors), oftsurgery.load_adapter(adapter)).state_dict()
+    assert all(torch.equal(folded[beginning + n], t) for n, t in in_memory.items())
+    report = quietly(oftsurgery.verify_checkpoint, out, base, adapter)
+    assert report.ok, (report.verdict, report.wrong)
+    assert len(report.modules) == len(record.modules)
+    for way, given in (("base", base), ("undo", undo)):
+        back = tmp_path / f"{way} back.safetensors"
+        quietly(oftsurgery.unfold_checkpoint, out, back, **{way: given})
+        restored = load_file(back / FILE if kind == "folder" else back)
+        assert all(torch.equal(restored[beginning + n], t) for n, t in tensors.items())
+    # a wrong weight is seen
+    name = next(iter(record.modules)) + ".weight"
+    save_file(folded | {name: folded[name] * 1.01}, out / FILE if kind == "folder" else out)
+    assert name in quietly(oftsurgery.verify_checkpoint, out, base, adapter).wrong
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+def test_a_fused_projection_beside_the_names_of_its_parts() -> None:
     """OneTrainer's own fused name, which neither layout has, and diffusers' ``fuse_qkv_projections``."""
-    monkeypatch.undo()
     variant = IMAGE / "onetrainer-2026-08" / "fused_qkv"
     tensors = load_file(IMAGE / "onetrainer-base" / "base.safetensors")
     adapter = oftsurgery.load_adapter(variant / "adapter.safetensors")
@@ -160,3 +166,13 @@ def test_a_fused_projection_beside_the_names_of_its_parts(monkeypatch: pytest.Mo
     fused = oftsurgery.fold(model_of(own), split).state_dict()
     together = torch.cat([expected[f"{attn}.{end}.weight"] for end in ("to_q", "to_k", "to_v")])
     assert torch.allclose(fused[f"{attn}.to_qkv.weight"], together, atol=1e-6)
+
+
+def test_the_checks_know_a_fused_projection_beside_the_names_of_its_parts(tmp_path: Path) -> None:
+    adapter = IMAGE / "onetrainer-2026-08" / "fused_qkv" / "adapter.safetensors"
+    (tmp_path / "base").mkdir()
+    save_file(load_file(IMAGE / "onetrainer-base" / "base.safetensors"), tmp_path / "base" / FILE)
+    record = quietly(oftsurgery.fold_checkpoint, tmp_path / "base", adapter, tmp_path / "out", trained_on="plain")
+    report = quietly(oftsurgery.verify_checkpoint, tmp_path / "out", tmp_path / "base", adapter)
+    assert report.ok, report.wrong
+    assert report.looked_at["rotated"] == len(record.modules)

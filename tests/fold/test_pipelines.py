@@ -1,0 +1,247 @@
+"""Pipelines of diffusers on disk: several models in one fold, the other files copied, one rename for the whole folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from image_models import adapted, build, outputs
+from independent import relative, seeded
+from safetensors.torch import save_file
+from warned import noted, quietly
+
+import oftsurgery
+from oftsurgery.cli.main import main
+from oftsurgery.files.staging import Staging
+from oftsurgery.stores.image_layouts import pairs_of
+
+
+def text_encoder(layers: int) -> Any:
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=16)
+    torch.manual_seed(layers)
+    return transformers.CLIPTextModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline ``base``, and the adapters ``unet`` of its denoiser and ``text`` of its text encoder."""
+    place = tmp_path_factory.mktemp("pipeline")
+    base = place / "base"
+    denoiser, encoder = build("UNet2DConditionModel"), text_encoder(2)
+    denoiser.save_pretrained(base / "unet")
+    quietly(encoder.save_pretrained, base / "text_encoder")
+    diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8).save_pretrained(base / "vae")
+    diffusers.DDIMScheduler().save_pretrained(base / "scheduler")
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "vocab.json").write_text("{}")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+    }
+    (base / "model_index.json").write_text(json.dumps(index))
+    adapted(denoiser).save_pretrained(place / "unet")
+    adapted(encoder, ["q_proj", "fc1"]).save_pretrained(place / "text")
+    return place
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def fold(place: Path, adapters: list[str], out: Path, **more: Any) -> oftsurgery.FoldRecord:
+    given = [place / name for name in adapters]
+    record: oftsurgery.FoldRecord = quietly(
+        oftsurgery.fold_checkpoint, place / "base", given, out, **{"trained_on": "plain"} | more
+    )
+    return record
+
+
+NEW = {"README.md", "oftsurgery.json"}
+
+
+def test_a_pipeline_is_folded_model_by_model(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = fold(place, ["unet", "text"], out)
+    assert {path.partition(".")[0] for path in record.modules} == {"unet", "text_encoder"}
+    before, after = files_in(place / "base"), files_in(out)
+    weights = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert {n for n in before if before[n] != after[n]} - {"unet/config.json", "text_encoder/config.json"} == weights
+    assert after.keys() - before.keys() == {f"{model}/{name}" for model in ("unet", "text_encoder") for name in NEW}
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(out / "unet").eval()
+    in_memory = oftsurgery.fold(build("UNet2DConditionModel"), place / "unet")
+    own = in_memory.state_dict()
+    assert all(torch.equal(t, own[n]) for n, t in loaded.state_dict().items())
+    assert relative(outputs(loaded), outputs(in_memory)) < 1e-6  # oneDNN's sums follow the alignment of the memory
+    encoder = transformers.CLIPTextModel.from_pretrained(out / "text_encoder").eval()
+    expected = oftsurgery.fold(text_encoder(2), place / "text").state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in encoder.state_dict().items())
+    both = [place / "unet", place / "text"]
+    report = quietly(oftsurgery.verify_checkpoint, out, place / "base", both)
+    assert report.ok, report.wrong
+    assert report.modules.keys() == record.modules.keys()
+    assert oftsurgery.verify_checkpoint(out).ok
+    assert oftsurgery.doctor(out) == []
+    assert oftsurgery.report(out)
+    for way, given in (("base", place / "base"), ("adapter", both)):
+        quietly(oftsurgery.unfold_checkpoint, out, tmp_path / way, **{way: given})
+    assert files_in(tmp_path / "base") == before
+    # a changed file beside the models is seen
+    (out / "vae" / "config.json").write_text("{}")
+    report = quietly(oftsurgery.verify_checkpoint, out, place / "base", both)
+    assert not report.ok
+    assert report.files["vae/config.json"] == "changed"
+
+
+def test_one_model_of_a_pipeline(place: Path, tmp_path: Path) -> None:
+    out, undo = tmp_path / "out", tmp_path / "fold.undo"
+    record = fold(place, ["text"], out, undo=undo, component="text_encoder")
+    assert all(path.startswith("text_encoder.") for path in record.modules)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert files_in(out)[unet] == files_in(place / "base")[unet]
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "back", undo=undo)
+    assert files_in(tmp_path / "back") == files_in(place / "base")
+    found = quietly(oftsurgery.extract_checkpoint, place / "base", out)
+    assert {f"text_encoder.{path}" for path in found.modules} == record.modules.keys()
+    # one model by itself is what it is in the pipeline
+    alone = tmp_path / "alone"
+    quietly(oftsurgery.fold_checkpoint, place / "base" / "text_encoder", place / "text", alone, trained_on="plain")
+    assert files_in(alone)["model.safetensors"] == files_in(out)["text_encoder/model.safetensors"]
+
+
+def test_one_file_of_an_image_tool_for_several_models(place: Path, tmp_path: Path) -> None:
+    """LyCORIS within sd-scripts: flattened names behind a prefix for each model, those of the U-Net in the original layout."""
+    models = {"lora_unet_": build("UNet2DConditionModel"), "lora_te_": text_encoder(2)}
+    original = {
+        part: p.original for p in pairs_of(n for n, _ in models["lora_unet_"].named_modules()) for part in p.parts
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, model in models.items():
+        for path, module in model.named_modules():
+            if path.endswith((".to_q", ".q_proj", ".conv1")):
+                name = original.get(path, f"text_model.{path.removeprefix('text_model.')}")
+                key = prefix + name.replace(".", "_")
+                rows = module.weight.shape[0]
+                tensors[f"{key}.oft_blocks"] = torch.randn(rows // 8, 8, 8, generator=seeded(key)) * 0.05
+                tensors[f"{key}.alpha"] = torch.tensor(0.0)
+    style, out = tmp_path / "style.safetensors", tmp_path / "out"
+    save_file(tensors, style, {"ss_network_module": "lycoris.kohya"})
+    record = quietly(oftsurgery.fold_checkpoint, place / "base", style, out, trained_on="plain")
+    assert len(record.modules) == len(tensors) // 2
+    assert {path.partition(".")[0] for path in record.modules} == {"unet", "text_encoder"}
+    assert quietly(oftsurgery.verify_checkpoint, out, place / "base", style).ok
+    adapter = oftsurgery.load_adapter(style)
+    own = replace(adapter, modules={n: m for n, m in adapter.modules.items() if n.startswith("lora_unet_")})
+    expected = quietly(oftsurgery.fold, models["lora_unet_"], own).state_dict()
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
+    assert all(torch.equal(t, loaded[n]) for n, t in expected.items())
+
+
+def test_the_commands_take_a_pipeline(place: Path, tmp_path: Path) -> None:
+    base, adapter, out = place / "base", place / "unet", tmp_path / "out"
+    for command in (
+        ["plan", base, adapter, "--trained-on", "plain", "--component", "unet"],
+        ["fold", base, adapter, out, "--trained-on", "plain"],
+        ["verify", out, base, adapter, "--component", "unet"],
+        ["show", out],
+        ["doctor", out],
+    ):
+        assert quietly(main, list(map(str, command))) == 0, command
+    assert files_in(out)["vae/config.json"] == files_in(base)["vae/config.json"]
+
+
+def test_a_pipeline_appears_whole_or_not_at_all(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = Staging.copy
+
+    def broken(self: Staging, source: Path, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "copy", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fold(place, ["unet", "text"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Staging, "copy", copied)
+    shards = tmp_path / ".out.oftsurgery"
+    weights = [shards / "unet" / "diffusion_pytorch_model.safetensors", shards / "text_encoder" / "model.safetensors"]
+    before = [path.stat().st_ino for path in weights]
+    fold(place, ["unet", "text"], tmp_path / "out", resume=True)
+    names = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    assert [(tmp_path / "out" / name).stat().st_ino for name in names] == before  # finished shards were kept
+    fold(place, ["unet", "text"], tmp_path / "again")
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "again")
+
+
+def test_adapters_that_fit_several_models_need_a_choice(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    quietly(text_encoder(3).save_pretrained, base / "text_encoder_2")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    with pytest.raises(oftsurgery.MatchError, match=r"text_encoder, text_encoder_2.*--component"):
+        oftsurgery.fold_checkpoint(base, place / "text", tmp_path / "out", trained_on="plain")
+    record = quietly(
+        oftsurgery.fold_checkpoint,
+        base,
+        place / "text",
+        tmp_path / "out",
+        trained_on="plain",
+        component="text_encoder_2",
+        partial=True,
+    )
+    assert all(path.startswith("text_encoder_2.") for path in record.modules)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"component": "unett"}, r"no model 'unett'.*unet, text_encoder, vae"),
+    ({"undo": "fold.undo"}, r"an undo record belongs to one model.*--component"),
+    ({"component": "unet"}, r"match nothing in the model"),
+    ({"calibration": ["a text"]}, r"the source is a pipeline"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=lambda case: str(case)[:30])
+def test_what_a_pipeline_cannot_take_is_refused(
+    given: dict[str, Any], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(oftsurgery.OFTSurgeryError, match=message):
+        fold(place, ["unet", "text"], tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_component_outside_the_folder_is_refused(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model_index.json").write_text(json.dumps({"../unet": ["diffusers", "UNet2DConditionModel"]}))
+    with pytest.raises(oftsurgery.CheckpointError, match="outside the folder"):
+        oftsurgery.fold_checkpoint(base, place / "unet", tmp_path / "out", trained_on="plain")
+    shutil.copytree(place / "base", tmp_path / "linked")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "linked" / "tokenizer" / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(oftsurgery.CheckpointError, match="link that leaves its folder"):
+        oftsurgery.fold_checkpoint(tmp_path / "linked", place / "unet", tmp_path / "out", trained_on="plain")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickles_are_named_and_not_copied(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    (base / "vae" / "diffusion_pytorch_model.safetensors").rename(base / "vae" / "diffusion_pytorch_model.bin")
+    (base / "whole.safetensors").write_bytes(b"another form of the same model")
+    with noted() as caught:
+        oftsurgery.fold_checkpoint(base, place / "unet", tmp_path / "out", trained_on="plain")
+    (said,) = [str(w.message) for w in caught if w.category is oftsurgery.LeftOutWarning]
+    assert "vae/diffusion_pytorch_model.bin (a pickle" in said
+    assert not {"whole.safetensors", "vae/diffusion_pytorch_model.bin"} & files_in(tmp_path / "out").keys()

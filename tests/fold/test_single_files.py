@@ -1,0 +1,212 @@
+"""Checkpoints of image models in a single file: folded in place, all other tensors and the metadata kept, names kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnbf
+import pytest
+import torch
+from image_models import adapted, build
+from independent import make_case, seeded
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from warned import quietly
+
+import oftsurgery
+from oftsurgery.cli.main import main
+from oftsurgery.stores.image_layouts import pairs_of
+
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
+QUERY = f"{TEXT}text_model.encoder.layers.0.self_attn.q_proj.weight"
+METADATA = {"modelspec.title": "a model", "strange": "é\"'\n"}
+
+
+def original_names(names: list[str]) -> dict[str, str]:
+    """``{name of a tensor of diffusers: its name in the file}``."""
+    modules = {name.rpartition(".")[0] for name in names}
+    paths = {pair.parts[0]: pair.original for pair in pairs_of(modules)}
+    split = {name: name.rpartition(".") for name in names}
+    return {name: f"{UNET}{paths[path]}.{leaf}" for name, (path, _, leaf) in split.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``sd.safetensors`` with a U-Net, a text encoder and more; ``adapter`` of the U-Net, trained on diffusers' names."""
+    place = tmp_path_factory.mktemp("single")
+    state = build("UNet2DConditionModel").state_dict()
+    names = original_names(list(state))
+    tensors = {names[name]: tensor.contiguous() for name, tensor in state.items()}
+    tensors |= {QUERY: torch.randn(64, 64, generator=seeded("q")), "betas": torch.linspace(0, 1, 7).double()}
+    tensors |= {"first_stage_model.decoder.conv_in.weight": torch.randn(4, 4, 3, 3).half()}
+    save_file(tensors, place / "sd.safetensors", METADATA)
+    adapted(build("UNet2DConditionModel")).save_pretrained(place / "adapter")
+    return place
+
+
+def test_a_single_file_is_folded_in_place(place: Path, tmp_path: Path) -> None:
+    source, out, undo = place / "sd.safetensors", tmp_path / "out.safetensors", tmp_path / "fold.undo"
+    record = quietly(oftsurgery.fold_checkpoint, source, place / "adapter", out, trained_on="plain", undo=undo)
+    before, after = load_file(source), load_file(out)
+    assert after.keys() == before.keys()
+    expected = quietly(oftsurgery.fold, build("UNet2DConditionModel"), place / "adapter").state_dict()
+    names = original_names(list(expected))
+    assert all(torch.equal(after[names[n]], t) for n, t in expected.items())
+    changed = {f"{path}.weight" for path in record.modules}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == changed
+    with safe_open(out, "pt") as file:
+        found = file.metadata()
+    assert found.pop("oftsurgery")
+    assert found == METADATA
+    assert json.loads((tmp_path / "out.safetensors.oftsurgery.json").read_text())["files"].keys() == {out.name}
+    assert {p.name for p in tmp_path.iterdir()} == {out.name, f"{out.name}.oftsurgery.json", undo.name}
+    assert oftsurgery.verify_checkpoint(out).ok
+    report = quietly(oftsurgery.verify_checkpoint, out, source, place / "adapter")
+    assert report.ok, report.wrong
+    assert report.looked_at == {"rotated": len(changed), "copied": len(before) - len(changed)}
+    assert oftsurgery.doctor(out) == []
+    assert [f.code for f in oftsurgery.doctor(out, base=source, adapter=place / "adapter")] == ["kept"]
+    assert oftsurgery.report(out)
+    for way, given in (("base", source), ("undo", undo)):
+        quietly(oftsurgery.unfold_checkpoint, out, back := tmp_path / f"{way}.safetensors", **{way: given})
+        assert back.read_bytes() == source.read_bytes()
+        assert not Path(f"{back}.oftsurgery.json").exists()
+    assert quietly(oftsurgery.extract_checkpoint, source, out).modules.keys() == record.modules.keys()
+
+
+def rows(path: str) -> Any:
+    adapter = make_case("0.21 exact", 64, 64).adapter
+    return replace(adapter, modules={path: next(iter(adapter.modules.values()))}, config={})
+
+
+NAMES = [
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    "lora_te1_encoder_layers_0_self_attn_q_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    QUERY.removesuffix(".weight"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_encoder_in_the_file(name: str, place: Path, tmp_path: Path) -> None:
+    source, out, adapter = place / "sd.safetensors", tmp_path / "out.safetensors", rows(name)
+    record = quietly(oftsurgery.fold_checkpoint, source, adapter, out, trained_on="plain")
+    assert list(record.modules) == [QUERY.removesuffix(".weight")]
+    assert quietly(oftsurgery.verify_checkpoint, out, source, adapter).ok
+
+
+def test_encoders_of_one_kind_are_told_apart_by_their_number(tmp_path: Path) -> None:
+    end = "encoder.layers.0.mlp.fc1.weight"
+    names = {n: f"text_encoders.{n}.transformer.text_model.{end}" for n in ("clip_g", "clip_l")}
+    save_file({n: torch.randn(64, 64, generator=seeded(n)) for n in names.values()}, tmp_path / "sd3.safetensors")
+    source = tmp_path / "sd3.safetensors"
+    found = {}
+    for number in (1, 2):
+        adapter = rows(f"lora_te{number}_text_model_encoder_layers_0_mlp_fc1")
+        out = tmp_path / f"{number}.safetensors"
+        found[number] = list(quietly(oftsurgery.fold_checkpoint, source, adapter, out, trained_on="plain").modules)
+        assert quietly(oftsurgery.verify_checkpoint, out, source, adapter).ok
+    assert found == {1: [names["clip_l"].removesuffix(".weight")], 2: [names["clip_g"].removesuffix(".weight")]}
+    with pytest.raises(oftsurgery.MatchError, match="several models in the file have this module"):
+        oftsurgery.fold_checkpoint(
+            source, rows("text_model.encoder.layers.0.mlp.fc1"), tmp_path / "x.safetensors", trained_on="plain"
+        )
+
+
+def nf4_of(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that bitsandbytes writes for a weight in NF4, as Forge's files have them."""
+    codes, state = bnbf.quantize_4bit(weight, quant_type="nf4")
+    return {name: codes} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+
+
+def test_a_file_in_nf4_stays_in_nf4(tmp_path: Path) -> None:
+    """Forge's files hold bitsandbytes' tensors under the same beginnings."""
+    name = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
+    plain = torch.randn(64, 64, generator=seeded("w")).half()
+    other = nf4_of("model.diffusion_model.double_blocks.0.img_mlp.2.weight", torch.randn(64, 64).half())
+    save_file(nf4_of(name, plain) | other, tmp_path / "forge.safetensors")
+    source, out = tmp_path / "forge.safetensors", tmp_path / "out.safetensors"
+    adapter = rows("lora_unet_double_blocks_0_img_attn_proj")
+    record = quietly(oftsurgery.fold_checkpoint, source, adapter, out)
+    assert next(iter(record.modules.values())).format == "nf4"
+    before, after = load_file(source), load_file(out)
+    assert after.keys() == before.keys()
+    assert {n for n in before if not torch.equal(before[n], after[n])} <= {name, f"{name}.absmax"}
+    assert quietly(oftsurgery.verify_checkpoint, out, source, adapter).ok
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "back.safetensors", base=source)
+    assert load_file(tmp_path / "back.safetensors").keys() == before.keys()
+    quietly(oftsurgery.fold_checkpoint, source, adapter, dense := tmp_path / "dense.safetensors", format="bf16")
+    assert {t.dtype for t in load_file(dense).values()} == {torch.bfloat16}
+
+
+def test_the_commands_take_a_single_file(place: Path, tmp_path: Path) -> None:
+    source, adapter, out = place / "sd.safetensors", place / "adapter", tmp_path / "out.safetensors"
+    for command in (
+        ["plan", source, adapter, "--trained-on", "plain"],
+        ["fold", source, adapter, out, "--trained-on", "plain"],
+        ["verify", out, source, adapter],
+        ["show", out],
+        ["doctor", out],
+        ["unfold", out, tmp_path / "back.safetensors", "--base", source],
+    ):
+        assert quietly(main, list(map(str, command))) == 0, command
+    assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another ending": ("out", {}, r"the destination is a file too.*OUTPUT\.safetensors"),
+    "the source": ("sd.safetensors", {}, r"the destination is, or holds, the source itself"),
+    "a quantised format": ("out.safetensors", {"format": "nf4"}, r"a single file has no class.*from_single_file"),
+    "quantised first": ("out.safetensors", {"trained_on": "nf4"}, r"a single file has no class"),
+    "a component": ("out.safetensors", {"component": "unet"}, r"holds one model and no pipeline"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_single_file_cannot_take_is_refused(case: str, place: Path, tmp_path: Path) -> None:
+    name, given, message = REFUSED[case]
+    source = tmp_path / "sd.safetensors"
+    source.write_bytes((place / "sd.safetensors").read_bytes())
+    said = {} if "format" in given else {"trained_on": "plain"}
+    with pytest.raises(oftsurgery.OFTSurgeryError, match=message):
+        quietly(oftsurgery.fold_checkpoint, source, place / "adapter", tmp_path / name, **said | given)
+    assert list(tmp_path.iterdir()) == [source]
+    assert source.read_bytes() == (place / "sd.safetensors").read_bytes()
+
+
+def test_nothing_is_replaced_without_force(place: Path, tmp_path: Path) -> None:
+    source, adapter, out = place / "sd.safetensors", place / "adapter", tmp_path / "out.safetensors"
+    out.write_bytes(b"mine")
+    with pytest.raises(oftsurgery.StateError, match="the destination exists"):
+        oftsurgery.fold_checkpoint(source, adapter, out, trained_on="plain")
+    assert out.read_bytes() == b"mine"
+    quietly(oftsurgery.fold_checkpoint, source, adapter, out, trained_on="plain", force=True)
+    assert oftsurgery.verify_checkpoint(out).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.diffusion_model.x.weight", torch.ones(64, 64).to(torch.float8_e4m3fn)),
+        ("model.diffusion_model.x.weight", torch.ones(64, 64).to(torch.float8_e5m2)),
+    ],
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fp8_is_refused_by_name(name: str, tensor: Tensor, scaled: bool, tmp_path: Path) -> None:
+    scale = {"model.diffusion_model.x.scale_weight": torch.ones(())} if scaled else {}
+    save_file({name: tensor} | scale, tmp_path / "fp8.safetensors")
+    with pytest.raises(oftsurgery.FormatError, match=r"stored in fp8.*same model in bf16"):
+        oftsurgery.fold_checkpoint(
+            tmp_path / "fp8.safetensors", rows("lora_unet_x"), tmp_path / "out.safetensors", trained_on="plain"
+        )
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.ckpt"])
+def test_other_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(oftsurgery.CheckpointError, match="oftsurgery reads safetensors only"):
+        oftsurgery.fold_checkpoint(tmp_path / name, rows("x"), tmp_path / "out.safetensors", trained_on="plain")
