@@ -100,12 +100,19 @@ class Rotation(WeightMap):
     @property
     def defect(self) -> float:
         """Largest ``‖RᵀR - I‖₂`` over the blocks; 0 (to rounding) for the exact map."""
-        return float((self._eigenvalues.abs() ** 2 - 1).abs().max())
+        return 0.0 if self._large else float((self._eigenvalues.abs() ** 2 - 1).abs().max())
 
     @property
     def angle(self) -> float:
         """Largest rotation angle of a block in radians, 0 to π."""
+        if self._large:
+            return rotations.largest_angle(rotations.skew(self.generator.detach().to("cpu", torch.float64)))
         return float(self._eigenvalues.angle().abs().max())
+
+    @property
+    def _large(self) -> bool:
+        """Whether the map is exact, of blocks whose eigenvalues would take long."""
+        return self.cayley.exact and self.block_size > rotations.LARGE
 
     def check_fits(self, shape: tuple[int, int], module: str) -> None:
         """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens,

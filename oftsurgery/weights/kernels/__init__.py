@@ -218,7 +218,7 @@ def measure(rotation: WeightMap) -> tuple[float, float]:
     if not isinstance(rotation, Rotation):
         return rotation.defect, rotation.angle
     if rotation.cayley.exact and rotation.block_size > _MAX_BLOCK // 2:
-        return 0.0, rotations.largest_angle(rotations.skew(rotation.generator.detach().cpu()))
+        return rotation.defect, rotation.angle
     series = _series(rotation.cayley)
     theta = _by_kernel(rotation, lambda driver, v, wide, _: driver.largest_angle(v, rotation.block_size, wide))
     if theta is None or series is None:
