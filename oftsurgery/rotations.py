@@ -30,7 +30,7 @@ from torch import Tensor
 from .errors import NonFiniteError, ShapeError
 
 __all__ = [
-    "LARGE",
+    "LANCZOS_FROM",
     "MAX_NORM",
     "Side",
     "apply_blocks",
@@ -66,8 +66,10 @@ _SOLVE_TOLERANCE = 1e-10
 
 _TRAINED_ON = "use the base model that the adapter was trained on"
 
-#: blocks of this size and more are solved one by one on the CPU (batched solves were right up to 144 rows)
-LARGE = 128
+# blocks of this size and more are solved one by one on the CPU (batched solves were right up to 144 rows)
+_LARGE = 128
+#: the eigenvalues of larger blocks would take longer than a fold
+LANCZOS_FROM = 512
 _LANCZOS = 40
 
 
@@ -168,7 +170,7 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
         raise NonFiniteError(
             "a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter"
         )
-    large = a.device.type == "cpu" and a.shape[-1] >= LARGE
+    large = a.device.type == "cpu" and a.shape[-1] >= _LARGE
     for each in (True,) if large else (False, True):
         x = _solve(a, c, each=each)
         if _solved(x, a, c):
@@ -282,11 +284,11 @@ def eigen_angles(q: Tensor) -> Tensor:
 def largest_angle(q: Tensor) -> float:
     """The largest angle of ``cayley(q)`` for skew-symmetric ``q: (n, b, b)``, in radians.
 
-    The eigenvalues of large blocks would take longer than the fold. Of these blocks, Lanczos' iteration for ``-Q²`` from a
-    fixed start finds the largest eigenvalue to about five digits.
+    Of blocks larger than :data:`LANCZOS_FROM`, Lanczos' iteration for ``-Q²`` from a fixed start finds the largest eigenvalue to
+    about five digits.
     """
     n, b, _ = q.shape
-    if b <= LARGE:
+    if b <= LANCZOS_FROM:
         return 2 * math.atan(float(eigen_angles(q).max()))
     q = q.to(torch.float32)
     v = torch.linspace(-1, 1, b, device=q.device).cos_().mul_(torch.arange(b, device=q.device) % 7 + 1).expand(n, b)
@@ -325,7 +327,7 @@ def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(m)
     r = u @ vh
     # large blocks one by one, because torch 2.13's batched factorisation reads wrong pivots, see cayley
-    sign = torch.linalg.det(r) if m.shape[-1] < LARGE else torch.stack([torch.linalg.det(x) for x in r])
+    sign = torch.linalg.det(r) if m.shape[-1] < _LARGE else torch.stack([torch.linalg.det(x) for x in r])
     sign = torch.sign(sign)
     s = torch.cat([s[:, :-1], s[:, -1:] * sign.unsqueeze(-1)], dim=-1)
     u = torch.cat([u[..., :-1], u[..., -1:] * sign.reshape(-1, 1, 1)], dim=-1)

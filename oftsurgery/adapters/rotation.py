@@ -112,7 +112,7 @@ class Rotation(WeightMap):
     @property
     def _large(self) -> bool:
         """Whether the map is exact, of blocks whose eigenvalues would take long."""
-        return self.cayley.exact and self.block_size > rotations.LARGE
+        return self.cayley.exact and self.block_size > rotations.LANCZOS_FROM
 
     def check_fits(self, shape: tuple[int, int], module: str) -> None:
         """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens,

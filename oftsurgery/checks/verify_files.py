@@ -24,7 +24,11 @@ def check_files(folder: Path) -> CheckpointReport:
     """
     record = records_in(folder)
     if record is None or not record.files:
-        message = f"the checkpoint has no {RECORD}" if record is None else "the record has no hashes of files"
+        message = (
+            f"the {'file' if folder.is_file() else 'folder'} has no {RECORD}"
+            if record is None
+            else "the record has no hashes of files"
+        )
         remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
         raise StateError(message, path=folder, remedy=remedy)
     return CheckpointReport(
