@@ -16,7 +16,7 @@ from torch import Tensor
 from oftsurgery import rotations
 from oftsurgery.errors import MatchError, ShapeError
 
-from .weight_map import TRAINED_ON, WeightMap
+from .weight_map import TRAINED_ON, MapOf, WeightMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,32 +124,10 @@ class RowParts(WeightMap):
 
 
 @dataclass(frozen=True, eq=False)
-class SwappedHalves(WeightMap):
+class SwappedHalves(MapOf):
     """A map of a weight whose two halves of the rows stand in the other order than in training."""
 
-    of: WeightMap
-
     family = "swapped halves"
-
-    @property
-    def side(self) -> rotations.Side:  # type: ignore[override]
-        return self.of.side
-
-    @property
-    def turns_bias(self) -> bool:  # type: ignore[override]
-        return self.of.turns_bias
-
-    @property
-    def scales_rows(self) -> bool:
-        return self.of.scales_rows
-
-    @property
-    def first_on_weight(self) -> bool:
-        return self.of.first_on_weight
-
-    @property
-    def block_size(self) -> int:
-        return self.of.block_size
 
     @property
     def defect(self) -> float:
@@ -176,9 +154,6 @@ class SwappedHalves(WeightMap):
             message = f"a weight of {shape[0]} rows has no two halves"
             raise ShapeError(message, module=module, shape=shape, remedy=TRAINED_ON)
         self.of.check_fits(shape, module)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.of.tensors()
 
     def settings(self) -> str:
         return f"{self.family}\0{self.of.settings()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 from oftsurgery import rotations
 from oftsurgery.errors import NonFiniteError
 
-from .weight_map import LINEAR, WeightMap
+from .weight_map import LINEAR, MapOf, WeightMap
 
 
 class Step(Protocol):
@@ -262,7 +262,7 @@ def figures_of(steps: Sequence[Step]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class StepMap(Stepped):
+class StepMap(MapOf, Stepped):
     """A map that is given by its steps: another map at a strength by which it is no rotation.
 
     Attributes:
@@ -271,31 +271,10 @@ class StepMap(Stepped):
         how: the strength and its mode, in words.
     """
 
-    of: WeightMap
     made: tuple[Step, ...] = field(repr=False)
     how: str
 
     family = "steps"
-
-    @property
-    def side(self) -> rotations.Side:  # type: ignore[override]
-        return self.of.side
-
-    @property
-    def turns_bias(self) -> bool:  # type: ignore[override]
-        return self.of.turns_bias
-
-    @property
-    def scales_rows(self) -> bool:
-        return self.of.scales_rows
-
-    @property
-    def first_on_weight(self) -> bool:
-        return self.of.first_on_weight
-
-    @property
-    def block_size(self) -> int:
-        return self.of.block_size
 
     def steps(self) -> tuple[Step, ...]:
         return self.made
@@ -318,17 +297,11 @@ class StepMap(Stepped):
         with rotations.full_precision("cpu"):
             return inverse_all(self.made)
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.of.tensors()
-
     def settings(self) -> str:
         return f"{self.of.settings()}\0{self.how}"
 
     def facts(self) -> dict[str, Any]:
         return self.of.facts() | {"strength": self.how}
-
-    def check_fits(self, shape: tuple[int, int], module: str) -> None:
-        self.of.check_fits(shape, module)
 
 
 def mixed(of: WeightMap, steps: Sequence[Step], strength: float) -> StepMap:

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from oftsurgery import rotations
 from oftsurgery.errors import StateError, printable
 
-from .weight_map import ANGLE, LINEAR, WeightMap
+from .weight_map import ANGLE, LINEAR, MapOf, WeightMap
 
 StrengthMode = Literal["angle", "linear", "kohya", "lycoris", "lycoris-2", "webui", "comfyui", "oftv2-node"]
 
@@ -54,7 +53,7 @@ def changes_nothing(strength: float, mode: str) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class AtStrength(WeightMap):
+class AtStrength(MapOf):
     """A map at another strength; the weaker map is computed when it is needed.
 
     Attributes:
@@ -62,7 +61,6 @@ class AtStrength(WeightMap):
         strength, mode: as for :func:`oftsurgery.fold`.
     """
 
-    of: WeightMap
     strength: float
     mode: str
 
@@ -73,28 +71,8 @@ class AtStrength(WeightMap):
             raise self.of.no_mode(self.mode)
 
     @property
-    def side(self) -> rotations.Side:  # type: ignore[override]
-        return self.of.side
-
-    @property
-    def turns_bias(self) -> bool:  # type: ignore[override]
-        return self.of.turns_bias
-
-    @property
     def modes(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.of.modes
-
-    @property
-    def scales_rows(self) -> bool:
-        return self.of.scales_rows
-
-    @property
-    def first_on_weight(self) -> bool:
-        return self.of.first_on_weight
-
-    @property
-    def block_size(self) -> int:
-        return self.of.block_size
 
     @property
     def defect(self) -> float:
@@ -104,17 +82,11 @@ class AtStrength(WeightMap):
     def angle(self) -> float:
         return self.resolved().angle
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.of.tensors()
-
     def settings(self) -> str:
         return f"{self.of.settings()}\0{self.strength!r}\0{self.mode}"
 
     def facts(self) -> dict[str, Any]:
         return self.of.facts() | {"strength": self.strength, "strength_mode": self.mode}
-
-    def check_fits(self, shape: tuple[int, int], module: str) -> None:
-        self.of.check_fits(shape, module)
 
     def for_layer(self, kernel: tuple[int, ...], module: str) -> WeightMap:
         return replace(self, of=self.of.for_layer(kernel, module))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -139,6 +140,43 @@ class WeightMap(ABC):
         known = ", ".join(map(repr, (ANGLE, LINEAR, *self.modes)))
         message = f"the strength mode {mode!r} has no meaning for this kind of adapter ({self.family})"
         return AdapterError(message, remedy=f"choose one of {known} (strength_mode=…, --strength-mode)")
+
+
+@dataclass(frozen=True, eq=False)
+class MapOf(WeightMap):
+    """A map that is made of another map, on the same side and in the same blocks.
+
+    Attributes:
+        of: the other map.
+    """
+
+    of: WeightMap
+
+    @property
+    def side(self) -> rotations.Side:  # type: ignore[override]
+        return self.of.side
+
+    @property
+    def turns_bias(self) -> bool:  # type: ignore[override]
+        return self.of.turns_bias
+
+    @property
+    def scales_rows(self) -> bool:
+        return self.of.scales_rows
+
+    @property
+    def first_on_weight(self) -> bool:
+        return self.of.first_on_weight
+
+    @property
+    def block_size(self) -> int:
+        return self.of.block_size
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.of.tensors()
+
+    def check_fits(self, shape: tuple[int, int], module: str) -> None:
+        self.of.check_fits(shape, module)
 
 
 def no_angle(family: str, why: str) -> AdapterError:
