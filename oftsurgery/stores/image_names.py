@@ -16,13 +16,15 @@ from .meaning import Meaning
 
 #: prefixes of a denoiser's modules
 DENOISER = (
-    "lora_unet_", "oft_unet_", "lycoris_", "lora_transformer_", "transformer.", "unet.", "model.diffusion_model.", "diffusion_model.",
+    "lora_unet_", "oft_unet_", "lora_transformer_", "transformer.", "unet.", "model.diffusion_model.", "diffusion_model.",
 )  # fmt: skip
 #: prefixes of a text encoder's modules; tools number the encoders of one model differently, so the number decides nothing
 ENCODER = (
     "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
     "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.",
 )  # fmt: skip
+#: the prefix that LyCORIS' wrapper writes, whatever the model is
+ANY = ("lycoris_",)
 
 
 class ImageNames:
@@ -35,13 +37,13 @@ class ImageNames:
     Attributes:
         modules: the paths of the model's modules.
         encoder: whether the model is a text encoder, and not a denoiser; None where nobody knows.
-        prefixes: the prefixes that the names may have: those of :data:`ENCODER`, of :data:`DENOISER`, or both.
+        prefixes: the prefixes that the names may have: those of :data:`ANY`, and of :data:`ENCODER`, of :data:`DENOISER`, or both.
     """
 
     def __init__(self, modules: Iterable[str], *, encoder: bool | None = None) -> None:
         self._given, self.encoder = modules, encoder
         own = () if encoder else DENOISER
-        self.prefixes = tuple(sorted((*own, *(ENCODER if encoder is not False else ())), key=len, reverse=True))
+        self.prefixes = tuple(sorted((*own, *ANY, *(ENCODER if encoder is not False else ())), key=len, reverse=True))
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -130,7 +132,7 @@ class ImageNames:
 
     def _unknown_prefixes(self, paths: list[str]) -> list[str]:
         """Prefixes that no table has and that all paths share: a preset of LyCORIS may set any prefix."""
-        if not paths or any(path.startswith((*DENOISER, *ENCODER)) for path in paths):
+        if not paths or any(path.startswith((*DENOISER, *ENCODER, *ANY)) for path in paths):
             return []
         first = paths[0]
         ends = {name for flat in self._flat for name in flat if first.endswith(f"_{name}")}

@@ -199,6 +199,16 @@ def test_the_layout_with_all_names_counts() -> None:
     assert names.meanings(["lora_te1_proj_out"]) == {}  # of another component
 
 
+def test_lycoris_own_prefix_is_that_of_any_model() -> None:
+    """LyCORIS' wrapper writes one prefix, whatever the model is."""
+    path = "text_model.encoder.layers.0.self_attn.q_proj"
+    name = "lycoris_" + path.replace(".", "_")
+    assert ImageNames([path], encoder=True).meanings([name])[name].whole == path
+    denoiser = "down_blocks.0.attentions.0.proj_in"
+    name = "lycoris_" + denoiser.replace(".", "_")
+    assert ImageNames([denoiser]).meanings([name])[name].whole == denoiser
+
+
 def test_a_flattened_path_of_two_modules_is_refused() -> None:
     names = ImageNames(["block.to_q", "block_to.q", "other"])
     assert names.meanings(["lycoris_other"])["lycoris_other"].whole == "other"
