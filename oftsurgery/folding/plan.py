@@ -198,7 +198,8 @@ def _meanings(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, Meaning
     paths = list(dict.fromkeys([*(path for a in adapters for path in a.modules), *norms]))
     found = store.locate(f"{path}.weight" for path in paths)
     own = {p: Meaning((found[f"{p}.weight"].removesuffix(".weight"),)) for p in paths if f"{p}.weight" in found}
-    meanings = own | dict(store.meanings(path for path in paths if path not in own))
+    rest = [path for path in paths if path not in own]
+    meanings = own | dict(store.meanings(rest) if rest else {})  # the tables of names are asked for other layouts alone
     meanings |= fused_meanings([path for path in paths if path not in meanings], store.meanings)
     for adapter in adapters:
         wanted = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.sums)]
