@@ -89,9 +89,9 @@ class SelfTexts:
 
     def _starts(self, model: Any, config: Any) -> Tensor:
         """``(windows, 1)``: the first token of each text."""
-        special = {_token(model, config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} - {None}
-        drawn = torch.randint(int(config.vocab_size), (4 * self.windows, 1), device="cpu")
-        drawn = drawn[~torch.isin(drawn[:, 0], torch.tensor(sorted(special), dtype=torch.int64))][: self.windows]
+        special = {_token(model, config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        others = torch.tensor([token for token in range(int(config.vocab_size)) if token not in special], device="cpu")
+        drawn = others[torch.randint(len(others), (self.windows, 1), device="cpu")]
         first = _token(model, config, "bos_token_id")
         if first is not None:
             drawn[::2] = first

@@ -89,6 +89,12 @@ def test_the_starts_are_diverse() -> None:
     assert len(set(SelfTexts(windows=64, length=2).written(gpt2)[:, 0].tolist())) > 24
 
 
+def test_a_small_vocabulary_gives_all_windows() -> None:
+    model = build("llama", vocab_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    windows = SelfTexts(windows=32, length=2).written(model)
+    assert windows[:, 0].tolist() == [1, 3] * 16
+
+
 def test_texts_end_where_the_positions_of_a_model_end_and_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gpt2")  # 32 positions
     whole = SelfTexts(windows=6).written(model)
