@@ -65,7 +65,7 @@ def layer_rows(case: Case, pairs: int, device: str = "cpu") -> list[dict[str, An
     """The figures of one layer, a row for each mode."""
     live = live_case(case, device)
     layer = live.base_model.model.layer
-    base, rotation, restore = layer.base_layer, LiveAdapters(live)[0].modules["layer"], restorer(layer)
+    base, rotation, restore = layer.base_layer, LiveAdapters(live).read()[0].modules["layer"], restorer(layer)
     folds: dict[str, list[list[float]]] = {mode: [] for mode in case.modes}
     others: dict[str, list[float]] = {"peft": [], "bitsandbytes": []}
     records = {}
@@ -238,7 +238,7 @@ def _seconds(ms: float) -> float:
 
 def prepared_weights(live: Any) -> list[tuple[Any, Any]]:
     """``(weight, rotation)`` of each layer, as a fold hands them to the kernels."""
-    rotations = LiveAdapters(live)[0].modules
+    rotations = LiveAdapters(live).read()[0].modules
     base = live.base_model.model
     return [(Layer(path, base.get_submodule(path).base_layer).read()[0], r) for path, r in rotations.items()]
 

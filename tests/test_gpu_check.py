@@ -17,7 +17,18 @@ import torch
 
 TOOL = Path(__file__).parent.parent / "tools" / "gpu_check.py"
 #: the steps that check results
-CHECKS = ("environment", "codes", "reference", "layers", "training", "undo", "model", "checkpoint")
+CHECKS = (
+    "environment",
+    "codes",
+    "reference",
+    "images",
+    "layers",
+    "training",
+    "undo",
+    "model",
+    "calibration",
+    "checkpoint",
+)
 
 #: stands in for tools/gpu_steps.py: each step behaves in its own way
 STEPS = """

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu_step import Step, distance, logits, quiet_fold, rotation_of, tiny
-from models import shake, state_bytes
+from models import quantise, shake, state_bytes
 from torch import nn
 
 import oftsurgery
@@ -192,3 +192,44 @@ def model(step: Step) -> None:
                     back = AutoModelForCausalLM.from_pretrained(saved, device_map={"": step.device}).eval()
                     figures["reloaded"] = distance(logits(back, inputs), logits(result, inputs))
                 assert figures["reloaded"] < 1e-2, "the saved model computes something else"
+
+
+def calibration(step: Step) -> None:
+    """Folds with texts, and with texts that the live model writes, beside plain rounding."""
+    from peft import OFTConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if not step.small:
+        wide = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9}
+    plain = LlamaForCausalLM(
+        LlamaConfig(**wide, num_key_value_heads=wide["num_attention_heads"], vocab_size=512)
+    ).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        live = get_peft_model(copy.deepcopy(plain), OFTConfig(oft_block_size=16, target_modules="all-linear"))
+        shake(live, 0)
+        live.save_pretrained(folder)
+        adapter = oftsurgery.load_adapter(folder)
+    generator = torch.Generator().manual_seed(3)
+    texts, held_out = (torch.randint(512, (n, 64 if step.small else 256), generator=generator) for n in (32, 4))
+    batches = [{"input_ids": part.to(step.device)} for part in texts.split(8)]
+    for kind in ("nf4", "fp4", "int8"):
+        base = quantise(copy.deepcopy(plain), kind).to(step.device)
+        expected = logits(oftsurgery.wrap(copy.deepcopy(base), adapter), held_out.to(step.device))
+        ways = {"nearest": {}, "calibrated": {"calibration": batches}, "self": {"calibration": "self"}}
+        with step.case(kind) as figures:
+            for name, how in ways.items():
+                if not step.small:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                rounding = "nearest" if name == "nearest" else "calibrated"
+                seconds, result = step.timed(quiet_fold, base, adapter, rounding=rounding, **how)
+                far = distance(logits(result, held_out.to(step.device)), expected)
+                figures[name] = {"seconds": seconds, "distance": far}
+                if not step.small:
+                    figures[name]["megabytes"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            # a layer of int8 rounds its inputs too, which no weight mends
+            assert figures["calibrated"]["distance"] < figures["nearest"]["distance"] * (
+                1.05 if kind == "int8" else 0.9
+            )

@@ -11,11 +11,13 @@ environment  versions, the GPU, its memory, the backends, whether bitsandbytes c
 codes        per format: weights, codes and statistics that differ from the CPU's reference with rotations that are exact in
              float32 (must be 0), and with others (a code on a midpoint may)
 reference    per format and rounding: the largest relative difference of the figures and the share of other codes
+images       per adapter of an image tool: distance from what the tool computes, share of codes that differ from the CPU's
 layers       per bitsandbytes layer: whether folds before and after forwards give the same bytes, distance of the outputs
              from the live adapter's
 training     losses of some steps of a wrapped model, whether merge and unmerge keep outputs and bytes
 undo         whether each way between the devices gives every byte back
 model        a fold of a language model: seconds, distance of the logits from the live adapter's, of the base's too
+calibration  per format: seconds, memory and distance of the logits from the live adapter's, with texts and without
 kernels      the device's own copy, gigabytes read and written a second; per format, rounding and tile (rows, warps): milliseconds
              of each launch alone, gigabytes a second of the stored weights, milliseconds of the whole call
 times        per layer: the whole call beside peft's merge and bitsandbytes with torch, as benchmarks/bench.py measures
@@ -35,10 +37,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from gpu_models import layers, model, training, undo
+from gpu_models import calibration, layers, model, training, undo
 from gpu_step import TREE, Step
 from gpu_times import checkpoint, kernels, times
-from gpu_weights import codes, reference
+from gpu_weights import codes, images, reference
 
 
 def environment(step: Step) -> None:
@@ -107,7 +109,21 @@ def tests(step: Step) -> None:
 
 STEPS: dict[str, Callable[[Step], None]] = {
     f.__name__: f
-    for f in (environment, codes, reference, layers, training, undo, model, kernels, times, checkpoint, tests)
+    for f in (
+        environment,
+        codes,
+        reference,
+        images,
+        layers,
+        training,
+        undo,
+        model,
+        calibration,
+        kernels,
+        times,
+        checkpoint,
+        tests,
+    )
 }
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from gpu_step import Step, differing, folded, formats, quiet_fold, rotation_of, tiny, weight_in
+from image_goldens import GOLDENS, model_of, relative
+from models import quantise
+
+import oftsurgery
 
 
 def codes(step: Step) -> None:
@@ -72,3 +79,29 @@ def reference(step: Step) -> None:
         assert all((a is None) == (b is None) and (a is None or abs(a - b) < 0.05) for a, b in pairs), (
             "the figures differ"
         )
+
+
+def images(step: Step) -> None:
+    """Adapters that image tools wrote, folded on the device: what the tools' own layers compute, and the way back."""
+    for golden in GOLDENS:
+        exact = golden.effective(1)
+        if exact is None or golden.always or (step.small and "lycoris" not in golden.folder):
+            continue
+        with step.case(golden.folder) as figures, tempfile.TemporaryDirectory() as folder:
+            model, adapter = model_of(golden.base_tensors()).to(step.device), golden.adapter()
+            result = quiet_fold(model, adapter, undo=Path(folder) / "undo")
+            got = result.state_dict()
+            assert all(t.device.type == torch.device(step.device).type for t in got.values()), "a tensor has moved"
+            figures["far"] = max(relative(got[name].cpu(), t) for name, t in exact.items())
+            assert figures["far"] <= 2e-6, "the fold is not what the tool computes"
+            back = oftsurgery.unfold(result, undo=Path(folder) / "undo").state_dict()
+            assert all(torch.equal(back[name], t) for name, t in model.state_dict().items()), "not every byte is back"
+            quantised = quantise(model_of(golden.base_tensors()), "nf4").to(step.device)
+            there = quiet_fold(quantised, adapter, rounding="nearest")
+            here = quiet_fold(copy.deepcopy(quantised).to("cpu"), adapter, rounding="nearest")
+            figures["other_codes"] = max(
+                float((a.cpu() != b).double().mean())
+                for (name, a), b in zip(there.state_dict().items(), here.state_dict().values(), strict=True)
+                if a.dtype == torch.uint8 and name.endswith(".weight")
+            )
+            assert figures["other_codes"] < 1e-3, "the codes differ"
