@@ -122,8 +122,8 @@ def differing(got: Any, want: Any) -> dict[str, int]:
 
 
 def tiny(device: str, kind: str, tokens: int = 2) -> tuple[nn.Module, Any, Tensor]:
-    """A small llama on a device, quantised by bitsandbytes on the CPU; its live twin; inputs."""
-    model = models.llama() if kind == "plain" else models.quantise(models.llama(), kind)
+    """A small llama on a device, quantised there by bitsandbytes; its live twin; inputs."""
+    model = models.llama() if kind == "plain" else models.quantise(models.llama(), kind, device)
     with tempfile.TemporaryDirectory() as folder:
         models.live(models.llama()).save_pretrained(folder)
         adapter = oftsurgery.load_adapter(folder)

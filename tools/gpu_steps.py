@@ -28,6 +28,7 @@ tests        the last lines of ``pytest -m gpu``
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import subprocess
 import sys
@@ -129,6 +130,8 @@ STEPS: dict[str, Callable[[Step], None]] = {
 
 def main(name: str, device: str, path: str, seconds: str) -> int:
     logging.disable(logging.WARNING)
+    # a step that takes too long says where it was
+    faulthandler.dump_traceback_later(max(1.0, float(seconds) - 10), exit=True)
     step = Step(device, Path(path), float(seconds))
     STEPS[name](step)
     for message in step.wrong:

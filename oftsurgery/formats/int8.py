@@ -134,7 +134,8 @@ class Int8(Format):
             message = "the int8 layer has lost its SCB statistics"
             raise FormatError(message, module=path, tensor="SCB", format="int8", remedy="reload the model")
         f = WeightFormat("int8", tuple(weight.shape), torch.float16)
-        return EncodedWeight(f, {"weight": weight.detach(), "SCB": scb}), f
+        # `model.to(device)` leaves the statistics of a quantised layer behind, because torch moves the data alone
+        return EncodedWeight(f, {"weight": weight.detach(), "SCB": scb.to(weight.device)}), f
 
     def parameter_of(self, encoded: EncodedWeight, old: Any, module: Any) -> nn.Parameter:
         codes, scb = encoded.tensors["weight"], encoded.tensors["SCB"]

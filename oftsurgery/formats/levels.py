@@ -37,10 +37,11 @@ def levels_of(codec: str, device: torch.device) -> Tensor:
 @cache
 def sorted_levels(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The levels in order (16,), the midpoints between them (15,), and their codes (16,) uint8."""
-    levels = levels_of(codec, device)
-    order = torch.argsort(levels)
+    levels = levels_of(codec, torch.device("cpu"))
+    order = torch.argsort(levels)  # sorted on the CPU, because a GPU may put the two zeros of FP4 in another order
     levels = levels[order]
-    return levels, (levels[:-1] + levels[1:]) / 2, order.to(torch.uint8)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    return levels.to(device), bounds.to(device), order.to(device, torch.uint8)
 
 
 @cache

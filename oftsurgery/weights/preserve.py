@@ -137,6 +137,15 @@ def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
     return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
 
 
+def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges, neighbours made one: each range costs a GPU many small launches."""
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        begin = found.pop()[0] if found and found[-1][1] == start else start
+        found.append((begin, stop))
+    return found
+
+
 def limits(f: WeightFormat) -> tuple[float, float]:
     """(the largest mean square of δ, the largest |w|) of a weak block, in units of its scale."""
     return f.kind.strong_change**2, CLIP
@@ -190,7 +199,7 @@ def relaxation(
     """
     values, moves, powers, strong_blocks = [], [], [], []
     blocks = 0
-    for start, stop in sample_of(f.shape[0], f.shape[1], whole_rows(f, chain)):
+    for start, stop in joined(sample_of(f.shape[0], f.shape[1], whole_rows(f, chain))):
         base, exact = rows_of(start, stop)
         scales = own.values[span(start, stop, f.shape[1], f.block)]
         v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)

@@ -28,7 +28,7 @@ from oftsurgery import Cayley, Rotation, WeightFormat
 from oftsurgery.errors import OFTSurgeryError
 from oftsurgery.formats import codecs
 from oftsurgery.weights import kernels
-from oftsurgery.weights.kernels import fold_gpu, gpu
+from oftsurgery.weights.kernels import fold_gpu, gpu, sweep_gpu
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHAPE = (64, 256)
@@ -111,13 +111,21 @@ def compile_case(name: str) -> None:
             fold_gpu.fold(encoded, into, *matrices, rounding)
 
 
+def compile_sweep(f: WeightFormat) -> None:
+    if f.quantised:
+        grid = codecs.grid_of(codecs.encode(torch.randn(SHAPE), f))
+        columns, matrix = torch.randn(128, SHAPE[0]), torch.randn(128, 128)
+        sweep_gpu.sweep(grid, columns, columns.clone(), matrix, columns.clone())
+
+
 def main(arch: int, *cases: str) -> None:
     warnings.simplefilter("ignore")
     driver.set_active(Absent(arch))
-    for name in ("fold_four_bit", "fold_rows", "quantise_scales"):
+    for name in ("fold_four_bit", "fold_rows", "quantise_scales", "sweep"):
         setattr(gpu, name, Launches(name, lambda found: sys.stdout.write(json.dumps(found) + "\n")))
     for case in cases or CASES:
         compile_case(case)
+        compile_sweep(CASES[case][1])
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32)).eval()
 
 
-def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """Every linear but the head, by bitsandbytes' own layers and quantiser."""
+def quantise(model: nn.Module, kind: str, device: str = "cpu") -> nn.Module:
+    """Every linear but the head, by bitsandbytes' own layers and quantiser on a device."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear or name in ("lm_head", "classifier"):
@@ -68,8 +68,8 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
                 new.support_avx512bf16_for_cpu = False  # the repacking forward has tests of its own
             if bias:
                 new.bias = nn.Parameter(child.bias.data.clone())
-            setattr(parent, name, new.to("cpu"))
-    return model.eval()
+            setattr(parent, name, new.to(device))
+    return model.eval().to(device)
 
 
 def live(model: nn.Module, *, seed: int = 0, **config: Any) -> PeftModel:
@@ -99,7 +99,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def state_bytes(model: nn.Module) -> dict[str, bytes]:
     return {
-        k: v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        k: v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         for k, v in model.state_dict().items()
     }
 

@@ -4,6 +4,7 @@ test` runs it where there is one.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -37,17 +38,31 @@ def test_the_device_gives_the_codes_that_the_cpu_gives(kind: str, inplace: bool,
     expected = fold(make(), adapter)
     folded = fold(make().to("cuda"), adapter, inplace=inplace)
     assert all(p.device.type == "cuda" for p in folded.parameters())
-    back = state_bytes(folded.to("cpu"))
-    for name, data in state_bytes(expected).items():
-        a, b = (torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in (data, back[name]))
-        assert float((a != b).double().mean()) <= (1e-4 if kind != "plain" else 0.5), name
+    got = folded.state_dict()
+    assert got.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        own = got[name].cpu()
+        if ".quant_state." in name:
+            fields, theirs = (json.loads(bytes(t.tolist())) for t in (own, tensor))
+            # the mean of the scales depends on the order of a sum
+            assert fields.pop("nested_offset", 0) == pytest.approx(theirs.pop("nested_offset", 0), rel=1e-6)
+            assert fields == theirs
+        elif name.endswith("absmax") and tensor.dtype == torch.uint8:
+            # so a scale may round to its other neighbour
+            apart = (own.int() - tensor.int()).abs()
+            assert apart.max() <= 1
+            assert apart.double().mean() <= 0.01
+        elif tensor.is_floating_point():
+            assert torch.allclose(own, tensor, rtol=1e-5, atol=1e-6), name
+        else:
+            assert (own != tensor).double().mean() <= 1e-4, name
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
 def test_an_error_in_place_brings_back_what_waited_in_cpu_memory(
     kind: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = (llama() if kind == "plain" else quantise(llama(), kind)).to("cuda")
+    model = (llama() if kind == "plain" else quantise(llama(), kind, "cuda")).to("cuda")
     tokens = torch.tensor([[1, 5, 9, 2]], device="cuda")
     with torch.no_grad():
         expected = model(tokens).logits

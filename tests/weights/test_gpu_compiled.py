@@ -43,7 +43,7 @@ def check(launches: list[dict[str, Any]]) -> None:
 
 def test_a_kernel_of_each_kind_compiles_for_a_gpu() -> None:
     launches = compiled(90, "nf4 nested", "int8")
-    assert {x["kernel"] for x in launches} == {"fold_four_bit", "fold_rows", "quantise_scales"}
+    assert {x["kernel"] for x in launches} == {"fold_four_bit", "fold_rows", "quantise_scales", "sweep"}
     assert {x["MODE"] for x in launches if x["kernel"] == "fold_four_bit"} == {0, 1, 2}
     check(launches)
 

@@ -222,3 +222,32 @@ for count, size in ((1, 64), (700, 256), (2049, 1024), (300, 4096)):
         wanted = blockwise.nested_error(f, scales, got.statistics, moments)
         assert cost == pytest.approx(wanted, rel=1e-9, abs=1e-9 * float(scales.abs().max()) ** 2)
 """)
+
+
+def test_a_sweep_is_the_references(run):
+    run("""
+from oftsurgery.formats.codecs import Grid
+from oftsurgery.weights import sweep
+
+for f in (format_of("nf4", 64, 0), format_of("fp4", 64, 0), format_of("int8", 0, 0)):
+    grid = codecs.grid_of(moved(codecs.encode(weight_of(f), f), where))
+    for columns, rows in ((128, 40), (37, 16), (1, 3)):
+        exact = torch.randn(columns, rows, generator=gen)
+        scales = 0.5 + torch.rand(columns, rows, generator=gen)
+        scales[0, 0] = 0
+        matrix = torch.randn(columns, columns, generator=gen) * 0.05
+        found = {}
+        for name, device in (("reference", "cpu"), ("triton", where)):
+            on = Grid(grid.levels.to(device), grid.bounds.to(device), grid.scales, grid.blocksize)
+            points = exact.clone().to(device)
+            with kernels.use_backend(name):
+                numbers = sweep.sweep(on, points, scales.to(device), matrix.to(device), (exact * 0.9).to(device))
+            assert numbers.dtype == torch.int32
+            assert name == "reference" or not kernels._broken
+            found[name] = numbers.cpu(), points.cpu()
+        # a code on a bound changes what follows in its row
+        same = (found["reference"][0] == found["triton"][0]).all(0)
+        assert same.float().mean() > 0.9, f
+        got, want = (found[name][1][:, same] for name in ("triton", "reference"))
+        assert torch.allclose(got, want, rtol=0, atol=1e-5)
+""")

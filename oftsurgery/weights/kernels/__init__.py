@@ -175,12 +175,13 @@ def _turns_many_rows(r: Rotation) -> bool:
 
 
 def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Tensor) -> Tensor | None:
-    """:func:`oftsurgery.weights.sweep.sweep` by the CPU's kernel; None where the kernel does not serve."""
-    if points.device.type != "cpu" or _choice() not in (None, "numba"):
+    """:func:`oftsurgery.weights.sweep.sweep` by a kernel; None where no kernel serves."""
+    on_cpu = points.device.type == "cpu"
+    name = _choice() or ("numba" if on_cpu else "triton")
+    driver = {"numba": ".sweep_cpu", "triton": ".sweep_gpu"}.get(name)
+    if driver is None or (name == "numba" and not on_cpu):
         return None
-    done: Tensor | None = _serve(
-        "numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored), ".sweep_cpu"
-    )
+    done: Tensor | None = _serve(name, lambda use: use.sweep(grid, points, scales, matrix, stored), driver)
     return done
 
 

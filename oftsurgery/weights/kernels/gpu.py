@@ -341,3 +341,43 @@ def quantise_scales(scales, offset, values, steps, codes, factors, moments, sums
     tl.store(sums + 3 * block, tl.sum(change * (2 * wide * cross + change * power)))
     tl.store(sums + 3 * block + 1, tl.sum(change * wide * along))
     tl.store(sums + 3 * block + 2, tl.where(factor < float("inf"), 0.0, 1.0))
+
+
+@triton.jit
+def sweep(
+    points, stored, scales, matrix, levels, bounds, chosen, columns, rows, COUNT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Round the columns at ``points`` one after the other, ROWS rows a program: :func:`oftsurgery.weights.sweep.sweep`.
+
+    Args:
+        points, stored, scales, chosen: ``(columns, rows)``; the points become the changes of the columns.
+        matrix: ``(columns, columns)``.
+        levels, bounds: ``(COUNT,)`` and ``(COUNT - 1,)``; 255 levels are those of int8.
+        COLUMNS: a power of two, at least ``columns``.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, COLUMNS)
+    inside = row < rows
+    at = lane[:, None].to(tl.int64) * rows + row[None, :]
+    here = (lane < columns)[:, None] & inside[None, :]
+    held = tl.load(points + at, mask=here, other=0.0)
+    for i in range(COLUMNS):
+        own, present = i * rows + row, inside & (i < columns)
+        point = tl.sum(tl.where((lane == i)[:, None], held, 0.0), axis=0)
+        scale = tl.load(scales + own, mask=present, other=0.0)
+        t = tl.where(scale != 0, tl.div_rn(point, tl.where(scale != 0, scale, 1.0)), 0.0)
+        if COUNT == 255:
+            t = tl.minimum(tl.maximum(t * 127.0, -127.0), 127.0)
+            whole = (t + 12582912.0) - 12582912.0  # rounds to even, because no bits are left for a fraction
+            level = tl.div_rn(whole, tl.full((ROWS,), 127.0, tl.float32))
+            number = (whole + 127.0).to(tl.int32)
+        else:
+            number = tl.zeros((ROWS,), dtype=tl.int32)
+            for k in tl.static_range(COUNT - 1):
+                number += (t > tl.load(bounds + k)).to(tl.int32)
+            level = tl.load(levels + number)
+        change = level * scale - tl.load(stored + own, mask=present, other=0.0)
+        tl.store(chosen + own, number, mask=present)
+        tl.store(points + own, change, mask=present)
+        later = tl.load(matrix + i * columns + lane, mask=(lane > i) & (lane < columns), other=0.0)
+        held = tl.fma(later[:, None] + tl.zeros_like(held), change[None, :] + tl.zeros_like(held), held)
