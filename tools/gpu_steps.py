@@ -29,9 +29,13 @@ tests        the last lines of ``pytest -m gpu``
 from __future__ import annotations
 
 import faulthandler
+import sys
+
+if __name__ == "__main__":  # before the imports, which take seconds: a step that takes too long says where it was
+    faulthandler.dump_traceback_later(max(1.0, float(sys.argv[4]) - 3), exit=True)
+
 import logging
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -130,8 +134,6 @@ STEPS: dict[str, Callable[[Step], None]] = {
 
 def main(name: str, device: str, path: str, seconds: str) -> int:
     logging.disable(logging.WARNING)
-    # a step that takes too long says where it was
-    faulthandler.dump_traceback_later(max(1.0, float(seconds) - 10), exit=True)
     step = Step(device, Path(path), float(seconds))
     STEPS[name](step)
     for message in step.wrong:

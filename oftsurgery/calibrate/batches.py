@@ -109,7 +109,9 @@ def batches_fingerprint(batches: Sequence[Batch]) -> str:
     )
 
 
-def batches_on(batches: Sequence[Batch], device: str) -> list[Batch]:
+def batches_on(batches: Sequence[Batch], device: str | torch.device) -> list[Batch]:
+    """The batches with their tensors on a device."""
+
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 

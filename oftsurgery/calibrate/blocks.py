@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 
-from .batches import Batch
+from .batches import Batch, batches_on
 
 #: values besides tensors that a block may be called with: a block could write to other objects (a cache of keys and values)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -123,19 +123,20 @@ def running(model: nn.Module) -> Iterator[None]:
 
 
 def run_batch(model: nn.Module, number: int, batch: Batch) -> None:
-    """Run a model's forward.
+    """Run a model's forward, on the model's device.
 
     Raises:
         CalibrationError: the model does not take the batch with this ``number``.
     """
-    args, kwargs = batch
+    where = next(model.parameters(), None)
+    args, kwargs = batch if where is None or where.is_meta else batches_on([batch], where.device)[0]
     try:
         model(*args, **kwargs)
     except OFTSurgeryError:
         raise
     except Exception as error:  # a model raises errors of any kind at a batch that it does not take
         message = f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}"
-        remedy = "give batches that the model's forward takes, on the model's device"
+        remedy = "give batches that the model's forward takes"
         raise CalibrationError(message, remedy=remedy) from error
 
 

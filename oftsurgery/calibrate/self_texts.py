@@ -21,7 +21,7 @@ from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, printable
 from oftsurgery.stores.modules import inner_model
 
-from .batches import Batch, batches_on, tokenise
+from .batches import Batch, tokenise
 from .built_in_texts import TEXTS
 
 #: windows in a batch of a calibration
@@ -71,8 +71,7 @@ class SelfTexts:
         if not at:
             message = "a model that does not write reads texts that are built in for calibration='self', and nobody says where its tokenizer is"
             raise CalibrationError(message, remedy=_REMEDY)
-        device = next(live.parameters()).device.type
-        return batches_on(tokenise(TEXTS, at), device)
+        return tokenise(TEXTS, at)
 
     def written(self, live: nn.Module) -> Tensor:
         """``(windows, length)`` tokens that the model samples."""

@@ -66,7 +66,12 @@ def check(encoded, chain, into=None, rounding="preserve", inverse=False, strong=
         assert torch.allclose(scales, wanted, rtol=1e-5, atol=nested)
         assert not strong or int((scales != codecs.grid_of(encoded).scales).sum()) == strong
     else:
-        assert all(torch.equal(t, got.encoded.tensors[k]) for k, t in want.encoded.tensors.items() if k != "weight")
+        for name, tensor in want.encoded.tensors.items():
+            if name == "absmax" and want.rounding == "nearest" and (where, tensor.dtype) == ("cuda", torch.uint8):
+                # on a GPU bitsandbytes multiplies by a reciprocal that is rounded otherwise: a value on a step may have another code
+                assert int((got.encoded.tensors[name] != tensor).sum()) <= max(1, len(tensor) // 50)
+            else:
+                assert name == "weight" or torch.equal(tensor, got.encoded.tensors[name]), name
     mine, theirs = codes_of(got.encoded), codes_of(want.encoded)
     differ = (mine != theirs).nonzero().reshape(-1)
     assert len(differ) <= 2 and ((mine - theirs).abs() <= 1).all()
