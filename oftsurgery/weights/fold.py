@@ -201,7 +201,12 @@ def _preserved(
     if not preserve.applies(encoded.format, into):
         return None
     own = preserve.scales_of(encoded, into)
-    steps = preserve.relaxation(lambda start, stop: (base[start:stop], exact[start:stop]), own, into, chain)
+
+    def rows_of(ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        of_base, of_exact = (torch.cat([t[start:stop] for start, stop in ranges]) for t in (base, exact))
+        return of_base, of_exact
+
+    steps = preserve.relaxation(rows_of, own, into, chain)
     stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, into.single)
     if steps is None or stored is None:
         return None

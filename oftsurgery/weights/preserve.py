@@ -137,15 +137,6 @@ def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
     return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
 
 
-def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges, neighbours made one: each range costs a GPU many small launches."""
-    found: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        begin = found.pop()[0] if found and found[-1][1] == start else start
-        found.append((begin, stop))
-    return found
-
-
 def limits(f: WeightFormat) -> tuple[float, float]:
     """(the largest mean square of δ, the largest |w|) of a weak block, in units of its scale."""
     return f.kind.strong_change**2, CLIP
@@ -185,36 +176,34 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightForm
 
 
 def relaxation(
-    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[WeightMap] = ()
+    rows_of: Callable[[Sequence[tuple[int, int]]], tuple[Tensor, Tensor]],
+    own: Scales,
+    f: WeightFormat,
+    chain: Sequence[WeightMap] = (),
 ) -> int | None:
     """The steps of the ω that keeps the change of the weak blocks of a sample; None if most of its blocks are strong.
 
     Each evaluation takes the nearest levels of the whole sample, as the encoding does.
 
     Args:
-        rows_of: function that gives ``(base, exact)``, both ``(rows, in)`` float32, of a range of rows.
+        rows_of: function that gives ``(base, exact)``, both ``(rows, in)`` float32, of ranges of rows, one after the other.
         own: the scales of the whole weight.
         f: format of the weight.
         chain: the weight's rotations.
     """
-    values, moves, powers, strong_blocks = [], [], [], []
-    blocks = 0
-    for start, stop in joined(sample_of(f.shape[0], f.shape[1], whole_rows(f, chain))):
-        base, exact = rows_of(start, stop)
-        scales = own.values[span(start, stop, f.shape[1], f.block)]
-        v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)
-        strong = is_strong(v, w, scales, base.numel(), f)
-        strong_blocks.append(strong.sum())
-        blocks += strong.numel()
-        # the other blocks' changes count as 0; to leave the blocks out, the processor would wait for a GPU
-        weak = (~strong & (scales != 0)).unsqueeze(-1)
-        s = torch.where(weak, scales.unsqueeze(-1), 1.0)
-        values.append(v / s)
-        moves.append(torch.where(weak, (w - v) / s, 0.0))
-        powers.append(s.to(torch.float64).square().expand_as(v))
-    if 2 * int(torch.stack(strong_blocks).sum()) > blocks:
+    ranges = sample_of(f.shape[0], f.shape[1], whole_rows(f, chain))
+    base, exact = rows_of(ranges)
+    scales = torch.cat([own.values[span(start, stop, f.shape[1], f.block)] for start, stop in ranges])
+    v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)
+    strong = is_strong(v, w, scales, base.numel(), f)
+    if 2 * int(strong.sum()) > strong.numel():
         return None
-    v, d, power = (torch.cat([x.reshape(-1) for x in parts_]) for parts_ in (values, moves, powers))
+    # the other blocks' changes count as 0; to leave the blocks out, the processor would wait for a GPU
+    weak = (~strong & (scales != 0)).unsqueeze(-1)
+    s = torch.where(weak, scales.unsqueeze(-1), 1.0)
+    d = torch.where(weak, (w - v) / s, 0.0).reshape(-1)
+    power = s.to(torch.float64).square().expand_as(v).reshape(-1)
+    v = (v / s).reshape(-1)
     weight = d.to(torch.float64) * power
     need = float((weight * d).sum())
     if not need > 0:

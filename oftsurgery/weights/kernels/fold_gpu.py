@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -109,11 +110,13 @@ class _Fold(blockwise.Fold):
         """:func:`oftsurgery.weights.preserve.relaxation` of this weight."""
         single = self.encoded.single()
 
-        def rows_of(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            rows = tiled.rows_of(single, start, stop)
+        def rows_of(ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+            rows = tiled.rows_of(single, *ranges)  # together, because many small launches would take most of the time
             base = rows.format.kind.decode(rows)  # the kernel looks for NaN and infinity
             exact = rotations.apply_blocks(base, self.matrices)
-            return base, exact if self.factors is None else exact.mul_(self.factors[start:stop].unsqueeze(-1))
+            if self.factors is not None:
+                exact.mul_(torch.cat([self.factors[start:stop] for start, stop in ranges]).unsqueeze(-1))
+            return base, exact
 
         return preserve.relaxation(rows_of, own, self.into)
 

@@ -64,7 +64,7 @@ class _Fold(Fold):
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the weight before and after the rotation."""
-        base = weight = codecs.decode(rows_of(self.old, start, stop))
+        base = weight = codecs.decode(rows_of(self.old, (start, stop)))
         for rotation, blocks in self.ordered:
             weight = _rotate(weight, rotation, blocks, start, inverse=self.inverse)
         return base, weight
@@ -85,8 +85,8 @@ class _Fold(Fold):
         self.sums.error += _square(miss)
         self.sums.held += float((miss.to(torch.float64) * (weight - base)).sum())
 
-    def _sample(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        base, weight = self.exact(start, stop)
+    def _sample(self, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        base, weight = (torch.cat(rows) for rows in zip(*(self.exact(*r) for r in ranges), strict=True))
         self.finite = self.finite and math.isfinite(_square(weight))
         return base, weight
 
@@ -159,11 +159,16 @@ class _Fold(Fold):
         return nearest
 
 
-def rows_of(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
-    """Some rows of a weight from :meth:`EncodedWeight.single`."""
-    f = replace(encoded.format, shape=(stop - start, encoded.format.shape[1]))
-    entries = f.kind.weights_per_entry(f).items()
-    return EncodedWeight(f, {n: encoded.tensors[n][preserve.span(start, stop, f.shape[1], k)] for n, k in entries})
+def rows_of(encoded: EncodedWeight, *ranges: tuple[int, int]) -> EncodedWeight:
+    """Some ranges of rows of a weight from :meth:`EncodedWeight.single`, one after the other."""
+    features = encoded.format.shape[1]
+    f = replace(encoded.format, shape=(sum(stop - start for start, stop in ranges), features))
+
+    def rows(tensor: Tensor, weights: int) -> Tensor:
+        parts = [tensor[preserve.span(start, stop, features, weights)] for start, stop in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return EncodedWeight(f, {n: rows(encoded.tensors[n], k) for n, k in f.kind.weights_per_entry(f).items()})
 
 
 def _place(new: dict[str, Tensor], part: EncodedWeight, start: int, rows: int) -> None:
