@@ -1,7 +1,7 @@
 """A :class:`BlockFolds` folds the layers of a model's blocks in the order in which the model calls the blocks.
 
-The inputs of a layer are those in the model whose earlier blocks are folded, and the aim are the live model's outputs, so a
-block makes up for a part of what the blocks before it lost. The memory holds the inputs of one block's layers. Past
+The inputs of a layer are those in the model whose earlier layers are folded, and the aim are the live model's outputs, so a
+layer makes up for a part of what the layers before it lost. The memory holds the inputs of layers that share one input. Past
 :data:`OWN_TOKENS` the inputs are taken from the live model alone, which saves two of three runs.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs, fold_calibr
 
 from .batches import Batch, length_of, one_sequence, sequences_of
 from .block_sources import Job, LiveBlocks, exact_weight
-from .blocks import Call, are_chained, block_paths, first_call, hidden_of, run_batch, running, weights_of
+from .blocks import Call, are_chained, before_calls, block_paths, first_call, hidden_of, run_batch, running, weights_of
 from .freed_memory import give_back
 from .hidden_values import HiddenValues
 from .recorder import HELD_OUT_TOKENS, InputRecorder, add_square, check_finite, held_out_of, mirror
@@ -96,6 +96,26 @@ class _RowRecorder(InputRecorder):
         self.rows[path] = kept, held_out
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A group of a block's layers.
+
+    Attributes:
+        block: number of the block.
+        paths: the layers.
+        later: the layers of the later groups.
+        exact, stored: the weights of the block's layers in the live model, and in the folded model as far as it is folded.
+        drifts: whether the inputs in the folded model differ from those in the live model.
+    """
+
+    block: int
+    paths: Sequence[str]
+    later: Sequence[str]
+    exact: Mapping[str, Tensor]
+    stored: Mapping[str, Tensor]
+    drifts: bool
+
+
 @dataclass(eq=False)
 class BlockFolds:
     """The folded weights of a model's blocks.
@@ -163,6 +183,7 @@ class BlockFolds:
         live_only = [torch.zeros(sequences_of(batch), dtype=torch.bool, device="cpu") for batch in others]
         self._held_out = [*held_out_of(runs), *live_only]
         self._ready: dict[str, FoldedAlready | None] = {}
+        self._orders: dict[tuple[str, ...], list[list[str]]] = {}
 
     def __call__(self, path: str) -> FoldedAlready | None:
         """The folded weight of the layer at ``path``; None where no batch reached the layer."""
@@ -174,82 +195,106 @@ class BlockFolds:
         return self._ready.pop(path)
 
     def _fold(self, number: int) -> None:
-        """Fold the layers of a block, and run the block."""
+        """Fold the layers of a block, group by group, and run the block."""
         paths = [path for path, i in self.paths.items() if i == number]
         before = {path: self.source.weight(path) for path in paths}
         plain = [path for path in paths if self.source.is_plain(path, self.jobs[path][0])]
         dtype = self._live[0].dtype
-        weights = {path: exact_weight(before[path], self.jobs[path][0], dtype) for path in plain}
-        with weights_of(self.source.modules, weights):
-            found = self._gather(number, paths, share=True) or self._gather(number, paths, share=False)
-        assert found is not None  # noqa: S101 - layers that share nothing are not wrongly shared
-        pairs, leaders, self._live = found
-        for path in paths:
-            pair = pairs.get(leaders.get(path, path))
-            if pair is None:
-                self._ready[path] = None
-                continue
-            chain, into = self.jobs[path]
-            folded = fold_calibrated(before[path], chain, into, pair.inputs(path))
-            self._ready[path] = FoldedAlready(before[path].fingerprint, folded, partial(self.again, path))
-            if path in weights:
-                weights[path] = codecs.decode(folded.encoded).to(weights[path].dtype)
+        exact = {path: exact_weight(before[path], self.jobs[path][0], dtype) for path in plain}
+        stored = dict(exact)
+        groups = self._groups(number, paths, exact)
+        for k, group in enumerate(groups):
+            step = _Step(number, group, list(chain.from_iterable(groups[k + 1 :])), exact, stored, number + k > 0)
+            found = self._gather(step, share=True) or self._gather(step, share=False)
+            assert found is not None  # noqa: S101 - layers that share nothing are not wrongly shared
+            pairs, leaders, after = found
+            for path in group:
+                pair = pairs.get(leaders.get(path, path))
+                if pair is None:
+                    self._ready[path] = None
+                    continue
+                turns, into = self.jobs[path]
+                folded = fold_calibrated(before[path], turns, into, pair.inputs(path))
+                self._ready[path] = FoldedAlready(before[path].fingerprint, folded, partial(self.again, path))
+                if path in stored:
+                    stored[path] = codecs.decode(folded.encoded).to(stored[path].dtype)
+        self._live = after
         if number + 1 < self.count:
-            with weights_of(self.source.modules, weights):
+            with weights_of(self.source.modules, stored):
                 own = zip(range(self._runs), self._own, strict=False)
                 self._own = HiddenValues(self._run(number, i, hidden) for i, hidden in own)
 
-    def _gather(
-        self, number: int, paths: Sequence[str], *, share: bool
-    ) -> tuple[dict[str, _Pair], dict[str, str], HiddenValues] | None:
-        """The inputs of a block's layers, the paths under which layers share inputs, and the hidden values after the block in
-        the live model; None if layers that seemed to share their inputs do not.
+    def _groups(self, number: int, paths: Sequence[str], exact: Mapping[str, Tensor]) -> list[list[str]]:
+        """The layers of a block in groups, in the order in which the first batch calls the groups: layers with the same input are
+        one group, and so are all layers with a number in their paths (experts), and layers that the batch does not call.
+        """
+        at = f"{self.blocks[number]}."
+        local = tuple(path.removeprefix(at) for path in paths)
+        if local not in self._orders:
+            recorder = _RowRecorder(self._held_out, share=True)
+            with weights_of(self.source.modules, exact):
+                self._listen(number, 0, self._live[0], recorder, paths, self.batches[0])
+            groups: dict[str, list[str]] = {}
+            for path in (*recorder.leaders, *(path for path in paths if path not in recorder.leaders)):
+                numbered = any(part.isdigit() for part in path.removeprefix(at).split("."))
+                key = "" if numbered else recorder.leaders.get(path, "")
+                groups.setdefault(key, []).append(path.removeprefix(at))
+            self._orders[local] = list(groups.values()) or [[]]
+        return [[at + path for path in group] for group in self._orders[local]]
+
+    def _gather(self, step: _Step, *, share: bool) -> tuple[dict[str, _Pair], dict[str, str], HiddenValues] | None:
+        """The inputs of a group's layers, the paths under which layers share inputs, and, for the last group, the hidden values
+        after the block in the live model; None if layers that seemed to share their inputs do not.
         """
         live, own = (_RowRecorder(self._held_out, share=share) for _ in range(2))
         pairs: dict[str, _Pair] = {}
         after = HiddenValues()
         for i, batch in enumerate(self.batches):
-            after.append(self._listen(number, i, self._live[i], live, paths, batch))
-            if number and i >= self._runs:
+            with weights_of(self.source.modules, step.exact):
+                hidden = self._listen(step.block, i, self._live[i], live, step.paths, batch, step.later)
+            if hidden is not None:
+                after.append(hidden)
+                self.step()
+            if step.drifts and i >= self._runs:
                 for path in live.rows.keys() & pairs.keys():
                     pairs[path].add_only(live.rows[path][0])
             else:
-                self._add_both(number, i, own, live, paths, pairs)
-            self.step()
-        if share and (live.wrongly_shared or own.wrongly_shared or (number and own.leaders != live.leaders)):
+                self._add_both(step, i, own, live, pairs)
+        if share and (live.wrongly_shared or own.wrongly_shared or (step.drifts and own.leaders != live.leaders)):
             return None
         for pair in pairs.values():
             pair.end()
         return pairs, live.leaders, after
 
-    def _add_both(
-        self,
-        number: int,
-        i: int,
-        own: _RowRecorder,
-        live: _RowRecorder,
-        paths: Sequence[str],
-        pairs: dict[str, _Pair],
-    ) -> None:
-        """Add the inputs of batch ``i`` in the folded model and in the live model, which are the same before the first block."""
+    def _add_both(self, step: _Step, i: int, own: _RowRecorder, live: _RowRecorder, pairs: dict[str, _Pair]) -> None:
+        """Add the inputs of batch ``i`` in the folded model and in the live model, which are the same for the first group."""
         rows = live.rows
-        if number:
-            self._listen(number, i, self._own[i], own, paths, self.batches[i])
+        if step.drifts:
+            with weights_of(self.source.modules, step.stored):
+                self._listen(step.block, i, self._own[i], own, step.paths, self.batches[i], step.later)
             rows = own.rows
         for path, found in rows.items():
             if path not in pairs:
-                pairs[path] = _Pair.of(found[0], drifts=number > 0)
+                pairs[path] = _Pair.of(found[0], drifts=step.drifts)
             pairs[path].add(found, live.rows.get(path, found))
 
     def _listen(
-        self, number: int, i: int, hidden: Tensor, recorder: _RowRecorder, paths: Sequence[str], batch: Batch
-    ) -> Tensor:
+        self,
+        number: int,
+        i: int,
+        hidden: Tensor,
+        recorder: _RowRecorder,
+        paths: Sequence[str],
+        batch: Batch,
+        later: Sequence[str] = (),
+    ) -> Tensor | None:
+        """Run a block up to the first of the ``later`` layers; its hidden values if it reaches its end."""
         recorder.start_batch(i, batch)
         with ExitStack() as hooks:
             for path in paths:
                 module = self.source.modules[path]
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
-            return self._run(number, i, hidden)
+            return before_calls([self.source.modules[path] for path in later], partial(self._run, number, i, hidden))
 
     def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:
         """The hidden values after a block, for batch ``i``."""

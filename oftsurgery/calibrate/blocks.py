@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 
 from .batches import Batch, batches_on
 
+T = TypeVar("T")
+
 #: values besides tensors that a block may be called with: a block could write to other objects (a cache of keys and values)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class _Reached(BaseException):
-    """A forward has reached the first block, and need not go on. No model catches it as an error."""
+    """A forward has reached a module, and need not go on. No model catches it as an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,21 @@ def first_call(block: nn.Module, run: Callable[[], object]) -> Call | None:
         except _Reached:
             return calls[0]
     return None
+
+
+def before_calls(modules: Sequence[nn.Module], run: Callable[[], T]) -> T | None:
+    """The result of ``run``, which ends, without a result, where it calls one of the modules."""
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(stop))
+        try:
+            return run()
+        except _Reached:
+            return None
 
 
 def hidden_of(result: Any) -> Any:

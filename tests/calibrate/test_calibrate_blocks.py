@@ -143,7 +143,7 @@ def test_layers_get_what_the_folded_blocks_before_give(adapter: Path, given: lis
     model = build()
     found = calibration(model, adapter)
     weights = {path: found(path) for path in PATHS}
-    assert [inputs.drift is None for inputs in given] == [True] * 3 + [False] * 6
+    assert [inputs.drift is None for inputs in given] == [True] * 2 + [False] * 7
     # the same by a model whose first block is folded, and by the live model
     live = oftsurgery.wrap(model, adapter)
     own = oftsurgery.wrap(model, adapter)
@@ -171,6 +171,57 @@ def test_layers_get_what_the_folded_blocks_before_give(adapter: Path, given: lis
     assert torch.allclose(inputs.live.double(), y[held_out].reshape(-1, 64), atol=1e-4)
     assert given[3].hessian is given[4].hessian  # up and gate share their inputs
     assert given[3].hessian is not given[5].hessian
+
+
+def test_layers_get_what_the_folded_layers_of_their_block_give(adapter: Path, given: list[LayerInputs]) -> None:
+    model = build()
+    found = calibration(model, adapter)
+    weights = {path: found(path) for path in PATHS[:3]}
+    up, gate = (codecs.decode(weights[path].folded.encoded).double() for path in PATHS[:2])  # type: ignore[union-attr]
+    live = oftsurgery.wrap(model, adapter)
+    hidden = torch.cat([batch["hidden"] for batch in batches()])[~recorder.held_out_sequences(24)].reshape(-1, 64)
+    biases = [model.get_submodule(path).bias.detach().double() for path in PATHS[:2]]
+    x = (hidden.double() @ up.t() + biases[0]) * torch.tanh(hidden.double() @ gate.t() + biases[1])
+    scale = float(x.square().sum())
+    assert torch.allclose(given[2].hessian.double(), x.t() @ x, atol=1e-5 * scale)
+    with torch.no_grad():
+        y = live.get_submodule(PATHS[0])(hidden) * torch.tanh(live.get_submodule(PATHS[1])(hidden))
+    assert given[2].drift is not None
+    assert torch.allclose(given[2].drift.double(), (y.double() - x).t() @ x, rtol=1e-2, atol=1e-5 * scale)
+
+
+class Experts(nn.Module):
+    """A block whose second expert takes no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("late", "query", "key", "out"):
+            self.add_module(name, nn.Linear(64, 64))
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        hidden = self.out(self.query(hidden) * self.key(hidden))
+        return (self.late(self.experts[0](hidden)),)
+
+
+def test_the_groups_of_a_block(adapter: Path) -> None:
+    model = Decoder()
+    model.layers = nn.ModuleList(Experts() for _ in range(COUNT))
+    names = ("late", "query", "key", "out", "experts.0", "experts.1")
+    paths = [f"layers.{i}.{name}" for i in range(COUNT) for name in names]
+    loaded = oftsurgery.load_adapter(adapter)
+    rotation = loaded.modules[PATHS[0]]
+    whole = oftsurgery.OFTAdapter(dict.fromkeys(paths, rotation), dialect=loaded.dialect)
+    into = oftsurgery.WeightFormat("nf4", (64, 64), torch.float32, 64)
+    found = Calibration(
+        model, [whole], paths, read_batches(batches()), jobs={path: ((rotation,), into) for path in paths}
+    )
+    kinds = {path: type(found(path)) for path in paths}
+    assert {path for path, kind in kinds.items() if kind is not FoldedAlready} == {
+        f"layers.{i}.experts.1" for i in range(COUNT)
+    }
+    assert found._blocks is not None
+    assert list(found._blocks._orders.values()) == [[["query", "key"], ["out"], ["experts.0", "experts.1"], ["late"]]]
 
 
 def test_a_fold_by_blocks(adapter: Path, snapshot: Callable[[nn.Module], object]) -> None:
