@@ -92,7 +92,7 @@ class CheckpointPlan:
     @property
     def converts(self) -> bool:
         """Whether a tensor is written in another format than the base has after loading."""
-        return any(part.converts for part in self.parts)
+        return self.source.stored_as is not None or any(part.converts for part in self.parts)
 
     @property
     def rotates(self) -> str:
@@ -289,6 +289,14 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             format=printable(method),
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
+        )
+    if store.source.stored_as is not None and format in ("same", "bnb"):
+        raise StateError(
+            f"the base is stored as {store.source.stored_as}, which oftsurgery reads and does not write",
+            format=format,
+            path=store.source.folder,
+            remedy="choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for "
+            "4 or 8 bits",
         )
     if format == "bnb" and method is None and store.quantization is None:
         raise StateError(
