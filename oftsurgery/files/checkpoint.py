@@ -102,6 +102,11 @@ class Checkpoint:
         return None
 
     @property
+    def labels(self) -> Mapping[str, str]:
+        """``{name of a weight that is read dequantised: how the weight is stored}``, for people."""
+        return {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Sizes and times of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
         stats = {name: (self.weights / name).stat() for name in self.files}

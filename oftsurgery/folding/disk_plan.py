@@ -117,6 +117,7 @@ class CheckpointPlan:
         # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         rotated = sum(math.prod(p.into.shape) for p in self.parts if p.rotate is not None)
+        labels = self.source.labels
         return {
             "base": str(self.source.folder),
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
@@ -133,7 +134,8 @@ class CheckpointPlan:
                 {
                     "module": part.rotate.path,
                     "tensor": part.name,
-                    "from": (part.base or self.store.stored(part.name)).label,
+                    "from": labels.get(self.store.holder(part.name))
+                    or (part.base or self.store.stored(part.name)).label,
                     "to": part.into.label,
                     "shape": list(part.into.shape),
                     "block_size": [r.block_size for r in part.rotate.chain],

@@ -61,6 +61,10 @@ class DequantisedCheckpoint(Checkpoint):
         return self.method
 
     @property
+    def labels(self) -> Mapping[str, str]:
+        return {name: stored.label for name, stored in self.held.items()}
+
+    @property
     def identity(self) -> dict[str, Any]:
         assert self.packed is not None  # noqa: S101 - such a checkpoint has one
         return self.packed.identity

@@ -133,7 +133,9 @@ def awq(weight: Tensor, *, group: int, version: str) -> Made:
     weight = ((torch.round(weight.float() / wide) + wide_zeros).clamp(0, 15) - wide_zeros) * wide
     linear = quiet_linear(weight.half())
     if version == "gemm":
-        layer = WQLinear_GEMM.from_linear(linear, 4, group, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
+        layer = WQLinear_GEMM.from_linear(
+            linear, 4, group, scales=scales.t().contiguous(), zeros=zeros.t().contiguous()
+        )
         tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
         return tensors, dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, group).t().contiguous()
     made = {"gemv": WQLinear_GEMV, "gemv_fast": WQLinear_GEMVFast}[version]
@@ -352,5 +354,4 @@ def _main() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for line in _main():
-        print(line)
+    sys.stdout.writelines(f"{line}\n" for line in _main())
