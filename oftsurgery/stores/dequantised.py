@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from oftsurgery.dtypes import DTYPE_NAMES, DTYPES
 from oftsurgery.errors import FormatError, printable
@@ -47,8 +49,6 @@ class DequantisedCheckpoint(Checkpoint):
         if name not in self.held:
             yield from super().chunks(name)
         else:
-            import torch
-
             yield self.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
 
     @property
@@ -105,6 +105,19 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle_tensors(method, entries)}))
     own["config"] = MappingProxyType({k: v for k, v in checkpoint.config.items() if k not in _SETTINGS})
     return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), method=method)
+
+
+def from_pretrained(cls: Any, checkpoint: Checkpoint, config: Any, **settings: Any) -> nn.Module:
+    """The model that ``from_pretrained`` of transformers' class ``cls`` loads from a checkpoint; a checkpoint that is read dequantised
+    gives its plain tensors.
+    """
+    if checkpoint.stored_as is None:
+        place: Path | None = checkpoint.folder
+        settings |= {"local_files_only": True, "use_safetensors": True}
+    else:
+        place = None
+        settings |= {"state_dict": {name: checkpoint.read(name) for name in checkpoint.entries}}
+    return cls.from_pretrained(place, config=config, **settings)  # type: ignore[no-any-return]
 
 
 def method_of(settings: object) -> str | None:
