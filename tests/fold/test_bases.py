@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,29 @@ def test_the_fold_computes_what_peft_computes_over_transformers_own_dequantisati
         live = PeftModel.from_pretrained(base.float(), folders.adapter).eval()
         quiet_fold(HOME / name, folders.adapter, tmp_path / name, format="fp32")
         assert relative(outputs(load(tmp_path / name, "LlamaForCausalLM")), outputs(live)) < 1e-5
+
+
+def test_live_layers_in_fp8_give_what_the_disk_gives(folders: Folders, tmp_path: Path) -> None:
+    """transformers computes with such layers on a GPU alone; the weights are the same everywhere."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    base = HOME / "fp8-block"
+    model: Any = LlamaForCausalLM(LlamaConfig(**json.loads((base / "config.json").read_text()))).to(torch.bfloat16)
+    for path in [p for p, m in model.named_modules() if type(m) is torch.nn.Linear and p != "lm_head"]:
+        out, inputs = model.get_submodule(path).weight.shape
+        model.set_submodule(path, FP8Linear(inputs, out, block_size=(32, 32)))
+    model.load_state_dict(load_file(base / "model.safetensors"))
+    model.config.quantization_config = {"quant_method": "fp8"}
+    for format_ in ("bf16", "nf4"):
+        quiet_fold(base, folders.adapter, tmp_path / format_, format=format_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+            folded: Any = oftsurgery.fold(model, folders.adapter, format=format_, rounding="nearest")
+        oftsurgery.export_safetensors(folded, tmp_path / f"live-{format_}")
+        assert not differing(tensors(tmp_path / format_), tensors(tmp_path / f"live-{format_}"))
+    assert type(model.model.layers[0].mlp.up_proj) is FP8Linear
+    with pytest.raises(oftsurgery.StateError, match=r"stored as fp8, which oftsurgery reads and does not write"):
+        oftsurgery.fold(model, folders.adapter)
 
 
 # --- what cannot be done ----------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def weights(source: Source) -> dict[str, Stored]:
     """
     version = str(source.settings.get("version") or source.settings.get("format") or "gemm").lower()
     bits = source.settings.get("bits", source.settings.get("w_bit", 4))
-    if version not in _LAYOUTS:
-        unknown("version", version, "awq", f"save the model in one of the layouts {', '.join(_LAYOUTS)} with AutoAWQ")
+    if version not in LAYOUTS:
+        unknown("version", version, "awq", f"save the model in one of the layouts {', '.join(LAYOUTS)} with AutoAWQ")
     if bits != 4:
         unknown("bits", bits, "awq", "quantise the model in 4 bits, as AutoAWQ does")
     turned = next((name for name in source.entries if name.endswith(".act.scales")), None)
@@ -39,7 +39,7 @@ def weights(source: Source) -> dict[str, Stored]:
     size = source.settings.get("group_size", source.settings.get("q_group_size", 128))
     found = {}
     for path, tensors in groups_of(source.entries, "qweight", ("qzeros", "scales"), "awq"):
-        found[f"{path}.weight"] = _LAYOUTS[version](source.entries, tensors, size)
+        found[f"{path}.weight"] = LAYOUTS[version](source.entries, tensors, size)
     return found
 
 
@@ -125,4 +125,4 @@ def _decode_gemv_fast(tensors: Mapping[str, Tensor], *, group: int) -> Tensor:
     return (codes.to(torch.float32) * scales + zeros).to(tensors["scales"].dtype).flatten(1)
 
 
-_LAYOUTS = {"gemm": _gemm, "gemv": _gemv, "gemv_fast": _gemv_fast}
+LAYOUTS = {"gemm": _gemm, "gemv": _gemv, "gemv_fast": _gemv_fast}
