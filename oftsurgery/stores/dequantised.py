@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import DTYPE_NAMES, DTYPES
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.reading import TensorEntry
+from oftsurgery.files.reading import TensorEntry, read_header
 from oftsurgery.formats.packages.methods import METHODS, REMEDIES, idle_tensors
 from oftsurgery.formats.packages.stored import SAVE_AGAIN, Source, Stored
 
@@ -89,7 +89,9 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
             remedy=REMEDIES.get(str(method), "dequantise the checkpoint with that library first"),
         )
     entries = {name: (DTYPES[e.dtype], e.shape) for name, e in checkpoint.entries.items()}
-    held = METHODS[method](Source(entries, settings, load_dtype(checkpoint), checkpoint.read))
+    held = METHODS[method](
+        Source(entries, settings, load_dtype(checkpoint), checkpoint.read, _metadata(checkpoint, method))
+    )
     if not held:
         raise FormatError(
             f"the config says that {printable(method)} quantised the weights, and no weight is stored so",
@@ -128,6 +130,12 @@ def method_of(settings: object) -> str | None:
     if named is None:
         return "compressed-tensors" if "config_groups" in settings else None
     return str(named)
+
+
+def _metadata(checkpoint: Checkpoint, method: str) -> dict[str, str]:
+    """The metadata of the headers, where torchao says of each weight how the weight is stored; nothing for other packages."""
+    files = checkpoint.files if method == "torchao" else ()
+    return {name: text for file in files for name, text in read_header(checkpoint.weights / file)[1].items()}
 
 
 def _entries(checkpoint: Checkpoint, held: Mapping[str, Stored], idle: set[str]) -> dict[str, TensorEntry]:

@@ -5,6 +5,7 @@ weights that the package's own dequantisation gives take their places.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -74,7 +75,10 @@ def _values(module: Any, dtype: torch.dtype) -> Tensor:
     if package == "hqq":
         found = module.dequantize()
     elif package == "torchao":
-        found = module.weight.dequantize()
+        with suppress(
+            RuntimeError, NotImplementedError, ValueError
+        ):  # torchao itself cannot dequantise its tensors of 4 bits
+            found = module.weight.dequantize()
     elif package == "gptq" and is_of("gptqmodel", module, "TorchLinear"):
         found = module.dequantize_weight().t()
     elif package == "awq" and is_of("gptqmodel", module, "AwqTorchLinear", "AwqGEMMLinear"):

@@ -193,6 +193,17 @@ def fp8(weight: Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dt
     return {"weight": codes, "weight_scale_inv": scale}, back
 
 
+def torchao(weight: Tensor, *, config: str, **settings: Any) -> tuple[Made, dict[str, str]]:
+    from torchao import quantization
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    holder = nn.Sequential(quiet_linear(weight))
+    quantization.quantize_(holder, getattr(quantization, config)(**settings))
+    tensors, header = flatten_tensor_state_dict({"x.weight": holder[0].weight})
+    made = {name.removeprefix("x."): tensor for name, tensor in tensors.items()}
+    return (made, holder[0].weight.dequantize()), header
+
+
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +252,18 @@ def _fp8_case(block: tuple[int, int] | None) -> Any:
     return settings, partial(fp8, block=block), torch.bfloat16
 
 
+def _torchao_case(config: str, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Any:
+    from_names = {"IntxWeightOnlyConfig": _intx}.get(config, dict)
+    settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": config, "_version": 2}}}
+    return settings, lambda weight: torchao(weight, config=config, **from_names(**given)), dtype
+
+
+def _intx(bits: int, group: int) -> dict[str, Any]:
+    from torchao.quantization import PerGroup
+
+    return {"weight_dtype": getattr(torch, f"int{bits}"), "granularity": PerGroup(group)}
+
+
 _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 
@@ -284,6 +307,11 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made], torch.dtype]] =
     "ct-float8-ragged-block": _compressed_case(
         "float-quantized", **_FLOAT8, strategy="block", block_structure=[48, 48]
     ),
+    "torchao-int8": _torchao_case("Int8WeightOnlyConfig"),
+    "torchao-int8-fp16": _torchao_case("Int8DynamicActivationInt8WeightConfig", torch.float16),
+    "torchao-float8": _torchao_case("Float8WeightOnlyConfig"),
+    "torchao-int4-group": _torchao_case("IntxWeightOnlyConfig", bits=4, group=32),
+    "torchao-int2-fp16": _torchao_case("IntxWeightOnlyConfig", torch.float16, bits=2, group=16),
     "fp8-tensor": _fp8_case(None),
     "fp8-block": _fp8_case((32, 32)),
 }
@@ -292,7 +320,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made], torch.dtype]] =
 GOLDENS = (
     "gptq-4-gptq", "gptq-3-gptq-asym-act", "gptq-2-gptq_v2-asym-act", "gptq-8-gptq_v2", "awq-gemm-g32", "awq-gemv-g64", "awq-gemv_fast-g64",
     "hqq-4-g64-axis1", "hqq-3-g32-axis0", "hqq-4-bf16", "ct-int4-group-asym", "ct-int3-group", "ct-int8-fp16", "ct-float8-channel",
-    "ct-float8-ragged-block", "fp8-tensor", "fp8-block",
+    "ct-float8-ragged-block", "torchao-int8", "torchao-float8", "torchao-int4-group", "fp8-tensor", "fp8-block",
 )  # fmt: skip
 
 
@@ -306,14 +334,18 @@ def write(name: str, folder: Path) -> dict[str, Tensor]:
     norms = ("model.norm", f"{layer}input_layernorm", f"{layer}post_attention_layernorm")
     tensors |= {f"{norm}.weight": 1 + torch.randn(h) / 8 for norm in norms}
     tensors = {n: t.to(dtype) for n, t in tensors.items()}
-    dequantised = {}
+    dequantised, header = {}, {"format": "pt"}
     for path, shape in LINEARS.items():
         weight = torch.randn(shape) * torch.rand(shape[0], 1).add(0.5) / 8
-        made, back = make(weight.to(dtype))
+        made = make(weight.to(dtype))
+        if settings["quant_method"] == "torchao":
+            made, said = made
+            header |= {n: said[o] for n, o in ((f"{layer}{path}.weight", "x.weight"), ("tensor_names", "tensor_names"))}
+        made, back = made
         tensors |= {f"{layer}{path}.{local}": t.contiguous() for local, t in made.items()}
         dequantised[f"{layer}{path}.weight"] = back
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata=header)
     config = CONFIG | {"dtype": str(dtype).removeprefix("torch."), "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return dequantised

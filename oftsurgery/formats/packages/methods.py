@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from . import awq, compressed, fp8, gptq, hqq
+from . import awq, compressed, fp8, gptq, hqq, torchao
 from .stored import Entries, Source, Stored
 
 #: function from a checkpoint to ``{name of a weight: the stored weight}``
@@ -17,6 +17,7 @@ METHODS: Mapping[str, Finder] = MappingProxyType(
         "awq": awq.weights,
         "hqq": hqq.weights,
         "compressed-tensors": compressed.weights,
+        "torchao": torchao.weights,
         "fp8": fp8.weights,
         "fbgemm_fp8": fp8.weights,
     }

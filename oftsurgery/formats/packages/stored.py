@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -32,12 +32,14 @@ class Source:
         settings: ``quantization_config`` of its ``config.json``.
         dtype: dtype in which transformers loads the model.
         read: function that reads a small tensor.
+        metadata: ``{name: text}`` in the headers of the files.
     """
 
     entries: Entries
     settings: Settings
     dtype: torch.dtype
     read: Read
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
