@@ -18,9 +18,12 @@ from oftsurgery.dtype_names import name_of
 from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.other_libraries import is_of
 from oftsurgery.progress import Progress
+from oftsurgery.stores.dequantised import method_of
 from oftsurgery.stores.layers import Layer, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore, fields_in, record_of, set_record
+from oftsurgery.stores.live_quantisation import settings_in
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, tensors_in
 from oftsurgery.stores.package_layers import package_of, plain_layers
@@ -93,7 +96,7 @@ def fold_model(
         work = _base_to_change(model, live, inplace=inplace, journal=journal)
         store = LiveStore(work)
         ties = (given or store).ties  # the ties before anything changes
-        formats = LiveFormats(store, format, double_quant, journal, dequantised=package is not None)
+        formats = LiveFormats(store, format, double_quant, journal, dequantised=package is not None or _named_in(work))
         if undo is not None and formats.converts:
             raise engine.no_undo(format)
         plan = formats.planned(plan or plan_changes(store, adapters, partial=partial_adapters))
@@ -120,9 +123,16 @@ def _package_in(modules: Mapping[str, nn.Module], format: str) -> str | None:
     """The package other than bitsandbytes that holds weights of the model quantised, or None.
 
     Raises:
-        StateError: ``format`` keeps the package's own format.
+        StateError: ``format`` keeps the package's own format, or the package holds all tensors of the model in a store of its own.
     """
     package = next((found for found in map(package_of, modules.values()) if found is not None), None)
+    kept = next((p for p, m in modules.items() if is_of("compressed_tensors", m._parameters, "OffloadCache")), None)
+    if kept is not None:
+        raise StateError(
+            "a forward has put the model's tensors into a store of compressed-tensors, in which no tensor takes another dtype",
+            module=kept,
+            remedy="load the model with CompressedTensorsConfig(dequantize=True), or fold the checkpoint on disk: oftsurgery.fold_checkpoint",
+        )
     if package is not None and format == "same":
         raise StateError(
             f"the model's weights are stored as {package}, which oftsurgery reads and does not write",
@@ -130,6 +140,11 @@ def _package_in(modules: Mapping[str, nn.Module], format: str) -> str | None:
             remedy="choose format='bf16' or 'fp16' for the exactly rotated weights, or format='nf4' or 'int8' for 4 or 8 bits",
         )
     return package
+
+
+def _named_in(model: nn.Module) -> bool:
+    """Whether the model's config names another package than bitsandbytes, whose weights were dequantised as the model was loaded."""
+    return method_of(settings_in(model)) not in (None, "bitsandbytes")
 
 
 def _base_to_change(model: nn.Module, live: LiveAdapters, *, inplace: bool, journal: list[Undo]) -> nn.Module:

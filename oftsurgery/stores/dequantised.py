@@ -129,7 +129,7 @@ def method_of(settings: object) -> str | None:
     named = settings.get("quant_method")
     if named is None:
         return "compressed-tensors" if "config_groups" in settings else None
-    return str(named)
+    return str(getattr(named, "value", named))
 
 
 def _metadata(checkpoint: Checkpoint, method: str) -> dict[str, str]:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oftsurgery.dtypes import FLOATS
 from oftsurgery.errors import FormatError, module_in_errors
-from oftsurgery.formats.packages import awq
+from oftsurgery.formats.packages import awq, compressed
 from oftsurgery.formats.packages.methods import REMEDIES
+from oftsurgery.formats.packages.stored import Source
 from oftsurgery.other_libraries import is_of
 
 from .modules import distinct
@@ -37,6 +39,8 @@ def package_of(module: nn.Module) -> str | None:
         return "fp8" if weight is not None and weight.element_size() == 1 else None
     if isinstance(module, nn.Linear) and is_of("torchao", module._parameters.get("weight"), "TorchAOBaseTensor"):
         return "torchao"
+    if is_of("compressed_tensors", getattr(module, "quantization_scheme", None), "QuantizationScheme"):
+        return "compressed-tensors" if isinstance(module, nn.Linear) else None
     if is_of("eetq", module, "EetqLinear"):
         return "eetq"
     return "aqlm" if is_of("aqlm", module, "QuantizedLinear") else None
@@ -85,6 +89,8 @@ def _values(module: Any, dtype: torch.dtype) -> Tensor:
         found = _awq(module, "gemm")
     elif package == "awq" and is_of("awq", module, *_AWQ):
         found = _awq(module, next(version for name, version in _AWQ.items() if is_of("awq", module, name)))
+    elif package == "compressed-tensors":
+        found = _compressed(module)
     elif package == "fp8":
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -94,6 +100,26 @@ def _values(module: Any, dtype: torch.dtype) -> Tensor:
         message = f"a {type(module).__name__} holds its weight in a layout that oftsurgery does not read"
         raise FormatError(message, format=package, remedy=remedy)
     return found.contiguous()  # type: ignore[no-any-return]
+
+
+def _compressed(module: Any) -> Tensor:
+    """The weight of a layer that compressed-tensors holds compressed, or has decompressed for its first forward."""
+    tensors = {f"x.{name}": tensor.detach().cpu() for name, tensor in module.state_dict().items() if name != "bias"}
+    weight = tensors.get("x.weight")
+    if weight is not None and weight.dtype in FLOATS:
+        return module.weight  # type: ignore[no-any-return]
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    args = module.quantization_scheme.weights
+    said = {"num_bits": args.num_bits, "block_structure": args.block_structure}
+    source = Source(entries, {"config_groups": {"": {"weights": said}}}, torch.bfloat16, tensors.__getitem__)
+    stored = compressed.weights(source).get("x.weight")
+    if stored is None:
+        raise FormatError(
+            "the layer holds its weight in a format of compressed-tensors that oftsurgery does not read",
+            remedy="load the model with CompressedTensorsConfig(dequantize=True), or run one forward first",
+        )
+    values = stored.decode({local: tensors[own] for local, own in stored.tensors.items()})
+    return values.to(next(iter(module.parameters())).device)
 
 
 #: ``{AutoAWQ's class: version of its layout}``

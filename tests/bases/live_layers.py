@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,9 +26,10 @@ from oftsurgery.stores.package_layers import package_of
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
 
-from checkpoints import adapted, outputs, rotations_in  # noqa: E402
-from packages import CONFIG, gptq  # noqa: E402
+from checkpoints import TOKENS, adapted, differing, load, outputs, rotations_in, tensors  # noqa: E402
+from packages import CONFIG, gptq, write  # noqa: E402
 
+TOKENS.remainder_(CONFIG["vocab_size"])
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 
 
@@ -148,3 +151,56 @@ def test_an_adapter_from_files_and_four_bits(name: str, tmp_path: Path) -> None:
         best = bnb.functional.dequantize_4bit(packed, stated).double()
         assert (found - weight).norm() <= 1.001 * (best - weight).norm()
     assert package_of(model.get_submodule("model.layers.0.mlp.up_proj")) == name.partition("-")[0]
+
+
+#: the cases that transformers loads on a CPU, with the settings that choose torch's own kernels
+LOADED: dict[str, dict[str, Any]] = {
+    "gptq-4-gptq": {"backend": "torch"},
+    "gptq-3-gptq-asym-act": {"backend": "torch"},
+    "gptq-2-gptq_v2-asym-act": {"backend": "torch"},
+    "gptq-8-gptq_v2": {"backend": "torch"},
+    "awq-gemm-g32": {"backend": "torch_awq"},
+    "ct-int4-group": {"dequantize": True},
+    "ct-int3-group": {"dequantize": True},
+    "ct-int8-fp16": {"dequantize": True},
+    "ct-int8-channel": {},
+    "ct-float8-channel": {"dequantize": True},
+    "ct-float8-block": {"dequantize": True},
+    "torchao-int8": {},
+    "torchao-float8": {},
+    "torchao-int4-group": {},
+    "fp8-tensor": {},
+    "fp8-block": {},
+}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_memory_disk_and_the_live_model_agree(name: str, tmp_path: Path) -> None:
+    """The model as transformers and the package load the checkpoint, with an adapter live in it; the fold of this live model; and the
+    fold of the checkpoint on disk.
+    """
+    write(name, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] |= LOADED[name]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
+    live = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for format_ in ("bf16", "nf4"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+            options: dict[str, Any] = {"format": format_, "rounding": "nearest"}
+            oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / format_, **options)
+            folded = oftsurgery.fold(live, **options)
+        oftsurgery.export_safetensors(folded, tmp_path / f"live-{format_}")
+        assert not differing(tensors(tmp_path / format_), tensors(tmp_path / f"live-{format_}"))
+    want = outputs(live)  # some packages unpack their weights now
+    far = (outputs(load(tmp_path / "bf16", "LlamaForCausalLM")) - want).norm() / want.norm()
+    assert far < 0.02  # the live layers compute in 16 bits
+    if name == "ct-int8-channel":
+        with pytest.raises(oftsurgery.StateError, match=r"into a store of compressed-tensors.*dequantize=True"):
+            oftsurgery.fold(live, format="bf16")
+        return
+    after = oftsurgery.fold(live, format="bf16")
+    oftsurgery.export_safetensors(after, tmp_path / "after")
+    assert not differing(tensors(tmp_path / "bf16"), tensors(tmp_path / "after"))

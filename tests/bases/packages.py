@@ -193,15 +193,18 @@ def fp8(weight: Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dt
     return {"weight": codes, "weight_scale_inv": scale}, back
 
 
-def torchao(weight: Tensor, *, config: str, **settings: Any) -> tuple[Made, dict[str, str]]:
+def torchao(weight: Tensor, *, config: str, **settings: Any) -> tuple[Made, dict[str, str], dict[str, Any]]:
+    """Also the header's texts, and ``quantization_config``."""
     from torchao import quantization
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from transformers import TorchAoConfig
 
     holder = nn.Sequential(quiet_linear(weight))
-    quantization.quantize_(holder, getattr(quantization, config)(**settings))
+    asked = getattr(quantization, config)(**settings)
+    quantization.quantize_(holder, asked)
     tensors, header = flatten_tensor_state_dict({"x.weight": holder[0].weight})
     made = {name.removeprefix("x."): tensor for name, tensor in tensors.items()}
-    return (made, holder[0].weight.dequantize()), header
+    return (made, holder[0].weight.dequantize()), header, TorchAoConfig(asked).to_dict()
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -254,8 +257,7 @@ def _fp8_case(block: tuple[int, int] | None) -> Any:
 
 def _torchao_case(config: str, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Any:
     from_names = {"IntxWeightOnlyConfig": _intx}.get(config, dict)
-    settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": config, "_version": 2}}}
-    return settings, lambda weight: torchao(weight, config=config, **from_names(**given)), dtype
+    return {"quant_method": "torchao"}, lambda weight: torchao(weight, config=config, **from_names(**given)), dtype
 
 
 def _intx(bits: int, group: int) -> dict[str, Any]:
@@ -339,11 +341,14 @@ def write(name: str, folder: Path) -> dict[str, Tensor]:
         weight = torch.randn(shape) * torch.rand(shape[0], 1).add(0.5) / 8
         made = make(weight.to(dtype))
         if settings["quant_method"] == "torchao":
-            made, said = made
-            header |= {n: said[o] for n, o in ((f"{layer}{path}.weight", "x.weight"), ("tensor_names", "tensor_names"))}
+            made, said, settings = made
+            header[f"{layer}{path}.weight"] = said["x.weight"]
         made, back = made
         tensors |= {f"{layer}{path}.{local}": t.contiguous() for local, t in made.items()}
         dequantised[f"{layer}{path}.weight"] = back
+    if settings["quant_method"] == "torchao":
+        plain = {name: json.dumps({"_type": "Tensor"}) for name in tensors if "._weight_" not in name}
+        header |= plain | {"tensor_names": json.dumps([*plain, *dequantised])}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata=header)
     config = CONFIG | {"dtype": str(dtype).removeprefix("torch."), "quantization_config": settings}

@@ -87,7 +87,9 @@ def _packed(entries: Entries, path: str, said: list[Any], read: Read) -> Stored:
     label = f"compressed-tensors, {bits} bits"
     _, groups = of = _scales(entries, tensors["scale"], (out, inputs), label)
     if "zero_point" in tensors:
-        check(entries, tensors["zero_point"], (torch.int32,), (-(-of[0] * bits // 32), groups), label)
+        packed = entries[tensors["zero_point"]][0] == torch.int32
+        rows = -(-of[0] * bits // 32) if packed else of[0]
+        check(entries, tensors["zero_point"], (torch.int32, torch.int8), (rows, groups), label)
     if "g_idx" in tensors:
         check(entries, tensors["g_idx"], (torch.int32, torch.int64), (inputs,), label)
     decode = partial(_decode_packed, bits=bits, shape=(out, inputs), name=path)
@@ -106,7 +108,9 @@ def _decode_packed(tensors: Mapping[str, Tensor], *, bits: int, shape: Shape, na
     codes = unpacked(tensors["packed"], bits, shape[1]).to(torch.int16) - middle
     zero = None
     if "zero_point" in tensors:
-        zero = unpacked(tensors["zero_point"].t().contiguous(), bits, len(scale)).t().to(torch.int16) - middle
+        zero = tensors["zero_point"].to(torch.int16)  # as older releases write it
+        if tensors["zero_point"].dtype == torch.int32:
+            zero = unpacked(tensors["zero_point"].t().contiguous(), bits, len(scale)).t().to(torch.int16) - middle
     return _values(codes, scale, zero, tensors.get("g_idx"), name)
 
 
