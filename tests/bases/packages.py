@@ -295,6 +295,12 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made], torch.dtype]] =
     "ct-int3-group": _compressed_case(
         "pack-quantized", num_bits=3, type="int", strategy="group", group_size=32, symmetric=True
     ),
+    **{
+        f"ct-int{bits}-group": _compressed_case(
+            "pack-quantized", num_bits=bits, type="int", strategy="group", group_size=32, symmetric=bits % 2 == 0
+        )
+        for bits in (2, 5, 6, 7)
+    },
     "ct-int8-packed": _compressed_case("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
     "ct-int8-channel": _compressed_case("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
     "ct-int8-fp16": _compressed_case(

@@ -24,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import oftsurgery
 from oftsurgery.cli import main as cli
 from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.formats.packages.methods import METHODS
+from oftsurgery.formats.packages.stored import Source
 from oftsurgery.stores.dequantised import dequantised
 
 HOME = Path(__file__).parents[1] / "data" / "bases"
@@ -81,6 +83,49 @@ def test_a_weight_is_read_as_its_package_dequantises_it(name: str) -> None:
     for weight, (dtype, digest) in said.items():
         data = found[weight].view(torch.uint8).numpy().tobytes()
         assert [str(found[weight].dtype), hashlib.sha256(data).hexdigest()] == [dtype, digest], weight
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_has_a_scale_for_each_block_of_any_size_under_any_name(
+    codes: torch.dtype, end: str, tmp_path: Path
+) -> None:
+    """DeepSeek's last blocks are smaller than the others, and transformers does not dequantise such weights."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 64, generator=generator).to(codes)
+    scale = torch.rand(2, 2, generator=generator)
+    base = changed("fp8-block", tmp_path / "base", {"weight_block_size": [48, 40]}, weight_scale_inv=None)
+    held = load_file(base / "model.safetensors")
+    for name in [n for n in held if n.endswith("_scale_inv")]:
+        rows, columns = held[name.removesuffix("_scale_inv")].shape
+        held[name] = torch.ones(-(-rows // 48), -(-columns // 40))
+    path = "model.layers.0.self_attn.q_proj."
+    save_file(held | {f"{path}weight": weight, f"{path}{end}": scale}, base / "model.safetensors")
+    found = dequantised(open_checkpoint(base)).read(f"{path}weight")
+    places = torch.arange(64)
+    exact = weight.double() * scale.double()[places[:, None] // 48, places[None] // 40]
+    assert torch.equal(found, exact.float().bfloat16())
+
+
+def test_a_scale_for_each_row_and_for_a_stack_of_experts() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for shape, of in (((8, 16), (8, 1)), ((8, 16), (8,)), ((3, 8, 16), (3, 2, 4))):
+        weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+        scale = torch.rand(of, generator=generator)
+        entries = {n: (t.dtype, tuple(t.shape)) for n, t in (("x", weight), ("x_scale_inv", scale))}
+        source = Source(entries, {}, torch.float32, {"x": weight, "x_scale_inv": scale}.__getitem__)
+        found = METHODS["fbgemm_fp8"](source)["x"].decode({"weight": weight, "scale": scale})
+        full = scale.reshape(8, 1) if len(shape) == 2 else scale.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        assert torch.equal(found, weight.float() * full)
+
+
+def test_zero_points_of_older_compressed_tensors_are_not_packed(tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj."
+    name, held = "ct-int4-group-asym", load_file(HOME / "ct-int4-group-asym" / "model.safetensors")
+    packed = held[f"{path}weight_zero_point"]  # (8, 2) int32: 64 rows of 4 bits
+    plain = torch.stack([(packed >> shift & 15) - 8 for shift in range(0, 32, 4)], 1).flatten(0, 1).to(torch.int8)
+    base = changed(name, tmp_path / "base", weight_zero_point=plain)
+    assert torch.equal(dequantised(open_checkpoint(base)).read(f"{path}weight"), values(name)[f"{path}weight"])
 
 
 @pytest.mark.parametrize(
