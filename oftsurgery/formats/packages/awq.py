@@ -12,7 +12,6 @@ from torch import Tensor
 from .stored import Entries, Source, Stored, check, damaged, groups_of, scaled, unknown, unpacked
 
 _PACKED = 8  # codes in a word
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output i of eight lies in a word of the layout gemm
 _SCALES = (torch.float16, torch.bfloat16)
 
 
@@ -63,14 +62,14 @@ def _gemm(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:
 
 def _decode_gemm(tensors: Mapping[str, Tensor], *, group: int) -> Tensor:
     codes, zeros = (_in_order(tensors[name]) for name in ("qweight", "qzeros"))
-    steps = codes.to(torch.int16).reshape(-1, group, codes.shape[1]) - zeros.to(torch.int16).unsqueeze(1)
-    return scaled(steps, tensors["scales"].unsqueeze(1)).flatten(0, 1).t().contiguous()
+    grouped = codes.reshape(-1, group, codes.shape[1])
+    return scaled(grouped, zeros.unsqueeze(1), tensors["scales"].unsqueeze(1)).flatten(0, 1).t().contiguous()
 
 
 def _in_order(packed: Tensor) -> Tensor:
-    """The codes ``(rows, 8·words)`` in the order of the outputs."""
+    """The codes ``(rows, 8·words)`` in the order of the outputs; a word holds the even ones of eight first."""
     codes = unpacked(packed, 4, packed.shape[1] * _PACKED)
-    return codes.reshape(len(codes), -1, _PACKED)[..., list(_ORDER)].flatten(1)
+    return codes.reshape(len(codes), -1, 2, _PACKED // 2).transpose(2, 3).flatten(1)
 
 
 def _width(inputs: int, group: int) -> int:
@@ -93,9 +92,9 @@ def _gemv(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:
 def _decode_gemv(tensors: Mapping[str, Tensor], *, group: int) -> Tensor:
     packed = tensors["qweight"]
     out, inputs = packed.shape[0], packed.shape[1] * _PACKED
-    codes = unpacked(packed, 4, inputs).to(torch.int16).reshape(out, -1, group)
-    zeros = unpacked(tensors["qzeros"], 4, inputs // group).to(torch.int16).unsqueeze(-1)
-    return scaled(codes - zeros, tensors["scales"][:, : inputs // group].unsqueeze(-1)).flatten(1)
+    codes = unpacked(packed, 4, inputs).reshape(out, -1, group)
+    zeros = unpacked(tensors["qzeros"], 4, inputs // group).unsqueeze(-1)
+    return scaled(codes, zeros, tensors["scales"][:, : inputs // group].unsqueeze(-1)).flatten(1)
 
 
 def _gemv_fast(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fp8
-from .stored import Entries, Read, Shape, Source, Stored, check, damaged, scaled, unknown, unpacked
+from .stored import Entries, Read, Shape, Source, Stored, by_groups, check, damaged, unknown, unpacked
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
@@ -105,12 +105,12 @@ def _grouping(of: Shape, inputs: int) -> str:
 def _decode_packed(tensors: Mapping[str, Tensor], *, bits: int, shape: Shape, name: str) -> Tensor:
     middle = 1 << (bits - 1)
     scale = tensors["scale"].reshape(-1, tensors["scale"].shape[-1] if tensors["scale"].ndim == 2 else 1)
-    codes = unpacked(tensors["packed"], bits, shape[1]).to(torch.int16) - middle
-    zero = None
+    codes = unpacked(tensors["packed"], bits, shape[1])
+    zero = torch.full_like(scale, middle, dtype=torch.int16)
     if "zero_point" in tensors:
-        zero = tensors["zero_point"].to(torch.int16)  # as older releases write it
+        zero = tensors["zero_point"].to(torch.int16) + middle  # as older releases write it
         if tensors["zero_point"].dtype == torch.int32:
-            zero = unpacked(tensors["zero_point"].t().contiguous(), bits, len(scale)).t().to(torch.int16) - middle
+            zero = unpacked(tensors["zero_point"].t().contiguous(), bits, len(scale)).t()
     return _values(codes, scale, zero, tensors.get("g_idx"), name)
 
 
@@ -135,16 +135,12 @@ def _decode_plain(tensors: Mapping[str, Tensor], *, name: str) -> Tensor:
     width = tensors["scale"].shape[-1] if tensors["scale"].ndim == 2 else 1
     scale, zero = tensors["scale"].reshape(-1, width), tensors.get("zero_point")
     zero = None if zero is None else zero.to(torch.int16).reshape(-1, width)
-    return _values(tensors["weight"].to(torch.int16), scale, zero, tensors.get("g_idx"), name)
+    return _values(tensors["weight"], scale, zero, tensors.get("g_idx"), name)
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, name: str) -> Tensor:
     """``(code − zero) · scale`` of codes ``(out, in)`` and of scales and zeros ``(out or 1, groups)``."""
-    inputs, groups = codes.shape[1], scale.shape[1]
-    of = torch.arange(inputs) // (inputs // groups) if index is None else index.to(torch.int64)
-    if not (int(of.min()) >= 0 and int(of.max()) < groups):
-        damaged("the group of an input lies outside the groups", f"{name}.weight_g_idx", _NAME)
-    return scaled(codes if zero is None else codes - zero[:, of], scale[:, of])
+    return by_groups(codes, zero, scale, index, codes.shape[1] // scale.shape[1], f"{name}.weight_g_idx")
 
 
 def idle(entries: Entries) -> Iterator[str]:

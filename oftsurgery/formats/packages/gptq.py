@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .stored import Entries, Settings, Source, Stored, check, damaged, groups_of, scaled, unknown, unpacked
+from .stored import Entries, Settings, Source, Stored, by_groups, check, damaged, groups_of, unknown, unpacked
 
 _BITS = (2, 3, 4, 8)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,31 +41,28 @@ def _stored(entries: Entries, tensors: Mapping[str, str], settings: Settings, *,
     bits = next((b for b in _BITS if -(-inputs * b // 32) == words), None)
     if bits is None or (bits != said and not settings.get("dynamic")):
         damaged(f"the codes are not stored in {said} bits, as the config says", tensors["qweight"], "gptq")
-    size = settings.get("group_size", -1)
+    said = settings.get("group_size", -1)
+    size = said if type(said) is int and said > 0 else inputs
     label = f"gptq, {bits} bits"
     check(entries, tensors["qweight"], (torch.int32,), (-(-inputs * bits // 32), out), label)
     check(entries, tensors["scales"], _SCALES, (groups, out), label)
     check(entries, tensors["qzeros"], (torch.int32,), (groups, -(-out * bits // 32)), label)
     if "g_idx" in tensors:
         check(entries, tensors["g_idx"], (torch.int32, torch.int64), (inputs,), label)
-    elif settings.get("desc_act") or groups != -(-inputs // (size if size > 0 else inputs)):
+    elif settings.get("desc_act") or groups != -(-inputs // size):
         damaged("the group of each input is missing", tensors["qweight"].removesuffix("qweight") + "g_idx", label)
-    if isinstance(size, int) and size > 0:
-        label += f", groups of {size}"
-    decode = partial(_decode, bits=bits, inputs=inputs, name=tensors["qweight"], first=first)
+    label += f", groups of {size}"
+    decode = partial(_decode, bits=bits, inputs=inputs, size=size, name=tensors["qweight"], first=first)
     return Stored(tensors, (out, inputs), entries[tensors["scales"]][0], label, decode)
 
 
-def _decode(tensors: Mapping[str, Tensor], *, bits: int, inputs: int, name: str, first: bool) -> Tensor:
+def _decode(tensors: Mapping[str, Tensor], *, bits: int, inputs: int, size: int, name: str, first: bool) -> Tensor:
     scales = tensors["scales"]  # (groups, out)
-    groups, out = scales.shape
+    out = scales.shape[1]
     codes = unpacked(tensors["qweight"].t().contiguous(), bits, inputs)  # (out, in)
     zeros = _zeros(tensors["qzeros"], bits, out, first=first)
-    size = -(-inputs // groups)
-    of = tensors["g_idx"].to(torch.int64) if "g_idx" in tensors else torch.arange(inputs) // size
-    if inputs and not (int(of.min()) >= 0 and int(of.max()) < groups):
-        damaged("the group of an input lies outside the groups", name.removesuffix("qweight") + "g_idx", "gptq")
-    return scaled(codes.to(torch.int16) - zeros.t()[:, of], scales.t()[:, of])
+    index = name.removesuffix("qweight") + "g_idx"
+    return by_groups(codes, zeros.t(), scales.t(), tensors.get("g_idx"), size, index)
 
 
 def _zeros(packed: Tensor, bits: int, out: int, *, first: bool) -> Tensor:

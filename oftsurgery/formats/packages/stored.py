@@ -115,6 +115,10 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
         ``(rows, count)`` uint8.
     """
     rows, n = words.shape
+    if 8 % bits == 0:  # a code lies in one byte, and the lowest byte of a word comes first in memory
+        held = words.to(torch.int32).contiguous().view(torch.uint8)
+        parts = [held >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [held]
+        return torch.stack(parts, dim=-1).reshape(rows, -1)[:, :count]
     period = 32 // math.gcd(bits, 32)  # codes after which a code begins at a word again
     width = period * bits // 32  # words of a period
     words = torch.nn.functional.pad(words, (0, -n % width)).to(torch.int64) & 0xFFFFFFFF
@@ -129,6 +133,31 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :count]
 
 
-def scaled(steps: Tensor, scales: Tensor) -> Tensor:
-    """``steps · scales``, rounded once to the dtype of ``scales``; the steps are integers that this dtype holds."""
-    return (steps.to(torch.float32) * scales.to(torch.float32)).to(scales.dtype)
+def scaled(codes: Tensor, zeros: Tensor | None, scales: Tensor) -> Tensor:
+    """``(codes − zeros) · scales``, rounded once to the dtype of ``scales``, which holds the differences of the integers exactly."""
+    steps = codes.to(torch.float32)
+    if zeros is not None:
+        steps -= zeros.to(torch.float32)
+    return steps.mul_(scales.to(torch.float32)).to(scales.dtype)
+
+
+def by_groups(
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, index: Tensor | None, size: int, name: str
+) -> Tensor:
+    """:func:`scaled` of codes ``(out, in)``, where the zeros and scales ``(out or 1, groups)`` are those of groups of inputs.
+
+    Args:
+        index: ``(in,)``, the group of each input; None for groups of ``size`` neighbours.
+        name: the name of the index, for the error.
+
+    Raises:
+        FormatError: the index names a group that is not there.
+    """
+    out, inputs = codes.shape
+    of = torch.arange(inputs) // size if index is None else index.to(torch.int64)
+    if not 0 <= int(of.min()) <= int(of.max()) < scales.shape[1]:
+        damaged("the group of an input lies outside the groups", name, "groups of inputs")
+    if inputs == size * scales.shape[1] and torch.equal(of, torch.arange(inputs) // size):
+        zeros = None if zeros is None else zeros.unsqueeze(-1)
+        return scaled(codes.reshape(out, -1, size), zeros, scales.unsqueeze(-1)).reshape(out, inputs)
+    return scaled(codes, None if zeros is None else zeros[:, of], scales[:, of])
