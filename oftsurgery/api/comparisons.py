@@ -20,6 +20,7 @@ from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.progress import Progress, shown
+from oftsurgery.stores.dequantised import dequantised
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.modules import modules_of
 
@@ -95,7 +96,7 @@ def compare_with_base(
     if isinstance(start, Pipeline):
         message = "the base is a pipeline of diffusers, but the folded checkpoint is one model"
         raise StateError(message, path=start.folder, remedy="give the folder of the same model in the base")
-    opened = open_single_file(folder) if folder.is_file() else open_checkpoint(folder, variant)
+    opened = open_single_file(folder) if folder.is_file() else dequantised(open_checkpoint(folder, variant))
     return _check(opened, start, adapters, texts=texts, tolerance=tolerance)
 
 

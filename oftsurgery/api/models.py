@@ -83,7 +83,8 @@ def fold(
 
     Args:
         model: a torch or transformers model, plain or over bitsandbytes layers, compiled or spread by accelerate; or a
-            ``PeftModel``, whose live adapters are folded into its plain base model.
+            ``PeftModel``, whose live adapters are folded into its plain base model. With another ``format`` than ``"same"`` also a
+            model over layers of GPTQ, AWQ, HQQ, compressed-tensors, torchao or FP8; plain layers take their places.
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`; several adapters are the live
             chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``. For a model with live adapters: None for the active
             ones, or names.

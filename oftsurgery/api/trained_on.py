@@ -41,6 +41,8 @@ def as_trained(
     Warns:
         SourceWarning: files say it, and the caller does not.
     """
+    if source.stored_as is not None:
+        return _as_dequantised(settings, source, adapters), None
     quantised = holds_quantised_weights(source)
     if settings.trained_on is not None:
         trained = trained_on_said(settings.trained_on)
@@ -64,6 +66,29 @@ def as_trained(
             SourceWarning,
         )
     return _with(settings, found, source), found
+
+
+def _as_dequantised(settings: FoldSettings, source: Checkpoint, adapters: Sequence[OFTAdapter]) -> FoldSettings:
+    """The settings of a fold into a base that is read dequantised: the adapter turns the dequantised weights, which are then rounded once.
+
+    Raises:
+        StateError: the caller or the trainer's files say that the adapter was trained on bitsandbytes' formats.
+    """
+    said = [] if settings.trained_on is None else [trained_on_said(settings.trained_on)]
+    found = said or _in_files(adapters)
+    if settings.quantize is not None or (found and all(one.format is not None for one in found)):
+        what = (
+            f"in {settings.quantize}"
+            if settings.quantize is not None
+            else f"on {found[0].name}, as {found[0].said_by} says"
+        )
+        message = f"the adapter was trained {what}, but the base is stored as {source.stored_as}"
+        remedy = (
+            "give the base that the adapter was trained on, or its plain weights; or leave out quantize=… (--quantize) and say "
+            f"trained_on='plain' (--trained-on plain): the adapter was trained on this base, as {source.stored_as} dequantises it"
+        )
+        raise StateError(message, path=source.folder, remedy=remedy)
+    return replace(settings, fold_into="original")
 
 
 def checked_live(

@@ -17,6 +17,7 @@ from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.progress import Progress
+from oftsurgery.stores.dequantised import from_pretrained
 from oftsurgery.stores.folder import load_dtype
 from oftsurgery.stores.live_quantisation import settings_from
 from oftsurgery.stores.skeleton import quiet, readable_config, skeleton
@@ -169,9 +170,7 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         settings["device_map"] = {"": device}
     try:
         with quiet():
-            model: nn.Module = cls.from_pretrained(
-                plan.source.folder, config=config, local_files_only=True, use_safetensors=True, **settings
-            )
+            model = from_pretrained(cls, plan.source, config, **settings)
     except Exception as error:  # transformers raises errors of any kind at files that it cannot use
         message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
         remedy = "fold without data (--rounding preserve), or load the model in Python and fold it in memory"

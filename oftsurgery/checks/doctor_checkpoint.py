@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.errors import CheckpointError, OFTSurgeryError, printable
 from oftsurgery.files.carried import carried_from
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.layout import CONFIG, LAYOUTS, is_of_variant, layout_of
@@ -17,6 +17,7 @@ from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD, record_beside
 from oftsurgery.stores import configs
+from oftsurgery.stores.dequantised import dequantised, method_of
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.modules import tensors_in
 
@@ -52,6 +53,10 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
 
 def _examine(checkpoint: Checkpoint, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     """What is wrong with the weights and the folds of a checkpoint."""
+    try:
+        checkpoint = dequantised(checkpoint)
+    except OFTSurgeryError as error:
+        return [of_error(error)]
     found = list(examine_weights(checkpoint))
     store = record = None
     with noting(found):
@@ -192,11 +197,8 @@ def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
     if settings is not None and not isinstance(settings, Mapping):
         message, remedy = "`quantization_config` is not a JSON object", "restore the config.json of these weights"
         return [Finding("error", "stale-config", message, CONFIG, remedy=remedy)]
-    method = "bitsandbytes" if settings is None else settings.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        message = "the config says that another library quantised the weights; oftsurgery reads bitsandbytes' formats and plain weights"
-        says, remedy = {"config_says": printable(method)}, "dequantise the checkpoint with that library first"
-        return [Finding("error", "other-quantiser", message, CONFIG, says, remedy)]
+    if method_of(settings) not in (None, "bitsandbytes"):
+        return []  # the package's tensors are examined with the weights
     kinds = [kind for kind in FORMATS.values() if kind.quantised]
     held = {kind.width: sum(kind.name_part in n for n in checkpoint.entries) for kind in kinds}
     asked = (kind.width for kind in kinds if settings is not None and settings.get(next(iter(kind.config_fields), "")))

@@ -32,6 +32,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import ENOUGH, HALF, FoldRecord
 from oftsurgery.stores import peft_live
+from oftsurgery.stores.dequantised import dequantised
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.modules import modules_of
@@ -333,7 +334,7 @@ def open_store(base: Model) -> Store:
         return LiveStore(base, plain_paths(base))
     if is_single_file(base):
         return FolderStore(open_single_file(Path(base)))
-    return FolderStore(open_checkpoint(find_checkpoint(base)))
+    return FolderStore(dequantised(open_checkpoint(find_checkpoint(base))))
 
 
 def weight_at(store: Store, path: str) -> EncodedWeight | None:

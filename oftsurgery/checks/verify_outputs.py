@@ -14,6 +14,7 @@ from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.live.wrapping import wrap_model
+from oftsurgery.stores.dequantised import from_pretrained
 from oftsurgery.stores.skeleton import quiet, readable_config
 
 from .verify_models import compare
@@ -89,9 +90,7 @@ def loaded(checkpoint: Checkpoint, class_name: object, settings: Mapping[str, An
         config.quantization_config = dict(own)
     try:
         with quiet():
-            model: nn.Module = cls.from_pretrained(
-                checkpoint.folder, config=config, local_files_only=True, use_safetensors=True, **settings
-            )
+            model = from_pretrained(cls, checkpoint, config, **settings)
     except Exception as error:  # transformers raises errors of any kind at files that it cannot use
         message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
         remedy = (

@@ -36,6 +36,7 @@ _NEVER = re.compile(
     r"|(?i:.*\.(bin|pth?|ckpt|pkl|pickle|joblib|dill|npz|h5|keras|msgpack|pb|tflite|onnx|gguf|ot|undo))"  # other weights
     r"|(?i:.*\.(bin|h5|msgpack)\.index(\.\w+)?\.json)"
     r"|(?i:(optimizer|scheduler|rng_state|random_states|training_args).*)"  # the state of a training
+    r"|(?i:(quantize|quant|hf_quant)_config\.json)"  # of other packages' quantised weights, which no output has
     r"|(?i:trainer_state\.json|(all|train|eval|predict|test)_results\.json)"
     r"|(?i:.*\.(py|pyc|so|dll|dylib|exe|sh|bat))",  # code; an index names the code that is copied
     re.DOTALL,

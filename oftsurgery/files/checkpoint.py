@@ -92,6 +92,21 @@ class Checkpoint:
         return CheckpointError(message, tensor=entry.name, path=self.weights / entry.file, remedy=remedy)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors, as they are stored."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def stored_as(self) -> str | None:
+        """``quant_method`` of the package that quantised the weights, where they are read dequantised; else None."""
+        return None
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """``{name of a weight that is read dequantised: how the weight is stored}``, for people."""
+        return {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Sizes and times of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
         stats = {name: (self.weights / name).stat() for name in self.files}

@@ -92,7 +92,7 @@ class CheckpointPlan:
     @property
     def converts(self) -> bool:
         """Whether a tensor is written in another format than the base has after loading."""
-        return any(part.converts for part in self.parts)
+        return self.source.stored_as is not None or any(part.converts for part in self.parts)
 
     @property
     def rotates(self) -> str:
@@ -117,6 +117,7 @@ class CheckpointPlan:
         # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         rotated = sum(math.prod(p.into.shape) for p in self.parts if p.rotate is not None)
+        labels = self.source.labels
         return {
             "base": str(self.source.folder),
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
@@ -133,7 +134,8 @@ class CheckpointPlan:
                 {
                     "module": part.rotate.path,
                     "tensor": part.name,
-                    "from": (part.base or self.store.stored(part.name)).label,
+                    "from": labels.get(self.store.holder(part.name))
+                    or (part.base or self.store.stored(part.name)).label,
                     "to": part.into.label,
                     "shape": list(part.into.shape),
                     "block_size": [r.block_size for r in part.rotate.chain],
@@ -289,6 +291,14 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             format=printable(method),
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
+        )
+    if store.source.stored_as is not None and format in ("same", "bnb"):
+        raise StateError(
+            f"the base is stored as {store.source.stored_as}, which oftsurgery reads and does not write",
+            format=format,
+            path=store.source.folder,
+            remedy="choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for "
+            "4 or 8 bits",
         )
     if format == "bnb" and method is None and store.quantization is None:
         raise StateError(

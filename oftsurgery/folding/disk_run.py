@@ -107,7 +107,7 @@ def write_plan(
     if plan.undo is not None and record is not None:
         run.write_undo(plan.undo, record, staging, force=force)
     # an unfolded checkpoint keeps the sizes in the earlier fold's record
-    before = None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values())
+    before = None if plan.unfolds else plan.source.nbytes
     if plan.source.single:
         return record if record is None or before is None else with_sizes(staging, plan.shards[0].file, record, before)
     return write_other_files(
@@ -345,6 +345,7 @@ class _Run:
                 **({"format": plan.format} if plan.converts else {}),
                 **(plan.trained_on.facts if plan.trained_on is not None else {}),
                 **facts_of_quantization(plan.store.quantization),
+                **({} if plan.source.stored_as is None else {"stored_as": plan.source.stored_as}),
                 **_facts_of_revision(plan.source),
             },
         )

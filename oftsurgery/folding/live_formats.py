@@ -38,7 +38,8 @@ class LiveFormats:
         target: the formats.
         made: names of the plain weights that become quantised: those that transformers' loading would quantise, in a model
             without a quantised weight.
-        converts: whether a tensor changes its format.
+        converts: whether a tensor changes its format, or (``dequantised``) has changed it: plain layers took the places of another
+            package's layers.
         quantised: whether the model held quantised weights before the fold.
         kept_plain: whether a weight that transformers' loading would quantise stays plain, since an adapter brings its values.
 
@@ -47,11 +48,13 @@ class LiveFormats:
             quantised.
     """
 
-    def __init__(self, store: LiveStore, format: str, double_quant: bool, journal: list[Undo]) -> None:
+    def __init__(
+        self, store: LiveStore, format: str, double_quant: bool, journal: list[Undo], *, dequantised: bool = False
+    ) -> None:
         self.store, self.journal = store, journal
         self.target = Target(format, double_quant, dtype_of(store))
         self.made: frozenset[str] = frozenset()
-        self.converts = self.quantised = self.kept_plain = False
+        self.converts, self.quantised, self.kept_plain = dequantised, False, False
         if format == "same":
             return
         layers = [Layer(path, module) for path, module in distinct(store.modules).items()]
@@ -60,7 +63,7 @@ class LiveFormats:
         if self.target.codec is not None and not self.quantised:
             self.made = _made(store)
         homes = {f"{layer.path}.weight": layer.read()[1] for layer in layers if layer.quantised}
-        self.converts = bool(self.made) or any(self._into(name, home) != home for name, home in homes.items())
+        self.converts |= bool(self.made) or any(self._into(name, home) != home for name, home in homes.items())
         self.converts |= any(self.target.plain(t.dtype) != t.dtype for t in self._plain().values())
 
     def planned(self, plan: FoldPlan) -> FoldPlan:

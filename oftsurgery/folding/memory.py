@@ -18,11 +18,15 @@ from oftsurgery.dtype_names import name_of
 from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.other_libraries import is_of
 from oftsurgery.progress import Progress
-from oftsurgery.stores.layers import Layer, Undo
+from oftsurgery.stores.dequantised import method_of
+from oftsurgery.stores.layers import Layer, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore, fields_in, record_of, set_record
+from oftsurgery.stores.live_quantisation import settings_in
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, tensors_in
+from oftsurgery.stores.package_layers import package_of, plain_layers
 from oftsurgery.stores.peft_live import LiveAdapters, strip
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import FLAG
@@ -81,23 +85,21 @@ def fold_model(
     if adapters is None:
         adapters = live.read(names)
         already = dict.fromkeys(live.trained_biases(names))
-    # everything is checked before anything is copied or changed; live layers hide their base layers until `strip`
-    given = None if live else LiveStore(model, live.modules)
+    package = _package_in(live.modules, format)
+    # everything is checked before anything is copied or changed; live layers, and plain layers in the places of a package's own,
+    # hide their base layers until `strip`
+    given = None if live or package is not None else LiveStore(model, live.modules)
     plan = None if given is None else plan_changes(given, adapters, partial=partial_adapters)
     if plan is not None and undo is not None:
         engine.check_undo(plan)
     with transaction() as journal:
-        work = live.base if live else model
-        if not inplace:
-            work = share_model(work, live.inner_modules)
-        if live:
-            strip(work, live.inner_modules if inplace else {}, journal)
+        work = _base_to_change(model, live, inplace=inplace, journal=journal)
         store = LiveStore(work)
         ties = (given or store).ties  # the ties before anything changes
-        formats = LiveFormats(store, format, double_quant, journal)
+        formats = LiveFormats(store, format, double_quant, journal, dequantised=package is not None or _named_in(work))
         if undo is not None and formats.converts:
             raise engine.no_undo(format)
-        plan = formats.planned(plan or plan_changes(store, adapters))
+        plan = formats.planned(plan or plan_changes(store, adapters, partial=partial_adapters))
         inputs_of = calibrate(work, plan) if calibrate is not None else None
         operation = engine.Operation(plan, rounding, inputs_of, undo, already or {}, sibling_in(store))
         own = {name: store.at(name).read()[0] for name in operation.brought}
@@ -114,6 +116,48 @@ def fold_model(
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
+    return work
+
+
+def _package_in(modules: Mapping[str, nn.Module], format: str) -> str | None:
+    """The package other than bitsandbytes that holds weights of the model quantised, or None.
+
+    Raises:
+        StateError: ``format`` keeps the package's own format, or the package holds all tensors of the model in a store of its own.
+    """
+    package = next((found for found in map(package_of, modules.values()) if found is not None), None)
+    kept = next((p for p, m in modules.items() if is_of("compressed_tensors", m._parameters, "OffloadCache")), None)
+    if kept is not None:
+        raise StateError(
+            "a forward has put the model's tensors into a store of compressed-tensors, in which no tensor takes another dtype",
+            module=kept,
+            remedy="load the model with CompressedTensorsConfig(dequantize=True), or fold the checkpoint on disk: oftsurgery.fold_checkpoint",
+        )
+    if package is not None and format == "same":
+        raise StateError(
+            f"the model's weights are stored as {package}, which oftsurgery reads and does not write",
+            format=format,
+            remedy="choose format='bf16' or 'fp16' for the exactly rotated weights, or format='nf4' or 'int8' for 4 or 8 bits",
+        )
+    return package
+
+
+def _named_in(model: nn.Module) -> bool:
+    """Whether the model's config names another package than bitsandbytes, whose weights were dequantised as the model was loaded."""
+    return method_of(settings_in(model)) not in (None, "bitsandbytes")
+
+
+def _base_to_change(model: nn.Module, live: LiveAdapters, *, inplace: bool, journal: list[Undo]) -> nn.Module:
+    """The base model, or its copy, with base layers in place of live layers, and plain layers in place of those of other packages."""
+    plain = plain_layers(live.modules)
+    inside = {wrapper: plain.get(id(base), base) for wrapper, base in live.inner_modules.items()} | plain
+    work = live.base if live else model
+    if not inplace:
+        work = share_model(work, inside)
+    elif plain and not live:
+        swap_modules(work, plain, journal)
+    if live:
+        strip(work, inside if inplace else {}, journal)
     return work
 
 

@@ -134,8 +134,8 @@ class Saving:
         if found is None or of_adapter(found):
             known = get_model_conversion_mapping(model, add_legacy=False)
             found = [t for t in known if not isinstance(t, PrefixChange)]
-        # transformers 5's conversions of bitsandbytes' own tensors have no reverse, and rename nothing
-        back = [t.reverse_transform() for t in found[::-1] if not _of_bitsandbytes(t)]
+        own = [t for t in map(_without_quantiser, found[::-1]) if t is not None]
+        back = [t.reverse_transform() for t in own]
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
 
@@ -177,8 +177,21 @@ class Saving:
         return {self.name(name): tensor for name, tensor in found.items()}
 
 
-def _of_bitsandbytes(transform: Any) -> bool:
-    return any("bitsandbytes" in type(o).__module__ for o in getattr(transform, "operations", ()))
+def _without_quantiser(transform: Any) -> Any:
+    """A transform without the operations that dequantise a package's tensors, which have no reverse for a plain weight; None where
+    nothing else is left. The operations of models lie in transformers' own loading, and those of packages in its integrations.
+    """
+    operations = getattr(transform, "operations", ())
+    left = [o for o in operations if not type(o).__module__.startswith("transformers.integrations.")]
+    if len(left) == len(operations):
+        return transform
+    if not left:
+        return None
+    # a quantiser also collects the scales beside each weight, and the weight comes first
+    sources = transform._original_source_patterns
+    end = sources[0].rpartition(".")[2]
+    sources = [source for source in sources if source.rpartition(".")[2] == end]
+    return transform.copy(sources, list(transform._original_target_patterns), operations=left)
 
 
 def check_known(unit: Unit, path: str, *, back: bool) -> None:

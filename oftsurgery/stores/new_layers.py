@@ -57,7 +57,7 @@ def layer_with(layer: Layer, encoded: EncodedWeight, settings: LayerSettings) ->
         new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if "bias" in old._parameters:
         new._parameters["bias"] = old._parameters["bias"]
-    _behave_like(old, new)
+    behave_like(old, new)
     return new  # type: ignore[no-any-return]
 
 
@@ -82,7 +82,7 @@ def _empty(layer: Layer, f: WeightFormat, settings: LayerSettings, *, conv1d: bo
     return f.kind.new_linear(f, settings.compute_dtype, settings.threshold)
 
 
-def _behave_like(old: Any, new: Any) -> None:
+def behave_like(old: Any, new: Any) -> None:
     """Give ``new`` the training flag, the hooks (accelerate's too) and the compilation of ``old``."""
     new.training = old.training
     new.__dict__ |= {n: h for n, h in old.__dict__.items() if any(part in n for part in _CALLS)}

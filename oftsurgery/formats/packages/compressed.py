@@ -1,0 +1,148 @@
+"""compressed-tensors' layouts, as llm-compressor writes them: ``w = (code − zero) · scale``, with packed or plain integers or 8-bit
+floats, and a scale for the tensor, a row, a group of inputs or a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fp8
+from .stored import Entries, Read, Shape, Source, Stored, by_groups, check, damaged, unknown, unpacked
+
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+_SCALES = (torch.bfloat16, torch.float16, torch.float32)
+_NAME = "compressed-tensors"
+_REMEDY = f"save the model in one of the formats {', '.join(_FORMATS[:3])} with llm-compressor"
+
+
+def weights(source: Source) -> dict[str, Stored]:
+    """``{name of a weight: the stored weight}``.
+
+    ====================  ==========================  ============================  =========================================
+    layout                codes                       ``weight_scale``              further tensors
+    ====================  ==========================  ============================  =========================================
+    ``pack-quantized``    ``weight_packed`` int32     ``(out, groups)``             ``weight_shape``, ``weight_zero_point``
+                                                                                    packed along the rows, ``weight_g_idx``
+    ``int-quantized``     ``weight`` int8             ``()``, ``(out, 1)``,         ``weight_zero_point`` int8
+                                                      ``(out, groups)``
+    ``float-quantized``   ``weight`` 8-bit floats     as above, or blocks
+    ====================  ==========================  ============================  =========================================
+    """
+    schemes = [s for s in (source.settings.get("config_groups") or {}).values() if isinstance(s, Mapping)]
+    for name in (source.settings.get("format") or "dense", *(s.get("format") for s in schemes)):
+        if name not in (None, *_FORMATS):
+            unknown("format", name, _NAME, _REMEDY)
+    if source.settings.get("transform_config"):
+        unknown(
+            "transform_config", "…", _NAME, "quantise the model without transforms, which rotate the activations too"
+        )
+    said: list[Any] = [s.get("weights") for s in schemes]
+    blocks = [s.get("block_structure") for s in said if isinstance(s, Mapping)]
+    block = next((tuple(b) for b in blocks if isinstance(b, (list, tuple)) and len(b) == 2), None)
+    found = {}
+    for name, (dtype, _) in source.entries.items():
+        path, _, local = name.rpartition(".")
+        scale = f"{path}.weight_scale"
+        if local == "weight_packed":
+            found[f"{path}.weight"] = _packed(source.entries, path, said, source.read)
+        elif local == "weight" and dtype in fp8.CODES:
+            if scale not in source.entries:
+                damaged("the weight in 8-bit floats has no scale beside it", name, _NAME)
+            found[name] = fp8.stored(source.entries, name, scale, block, source.entries[scale][0])
+        elif local == "weight" and dtype == torch.int8:
+            found[name] = _plain(source.entries, path, scale)
+    return found
+
+
+def _scales(entries: Entries, name: str, shape: Shape, label: str) -> Shape:
+    """``(rows or 1, groups)`` of the scales of a weight ``(out, in)``."""
+    if name not in entries:
+        damaged("a tensor of the quantised weight is missing", name, label)
+    of = entries[name][1]
+    of = (1, 1) if of in ((), (1,)) else of
+    fits = len(of) == 2 and of[0] in (1, shape[0]) and of[1] > 0 and shape[1] % of[1] == 0
+    if not fits or entries[name][0] not in _SCALES:
+        damaged("the scales do not fit the weight", name, label, shape=entries[name][1], expected=(shape[0], "groups"))
+    return of
+
+
+def _packed(entries: Entries, path: str, said: list[Any], read: Read) -> Stored:
+    tensors = {local: f"{path}.weight_{local}" for local in ("packed", "scale", "shape")}
+    for local in ("zero_point", "g_idx"):
+        if f"{path}.weight_{local}" in entries:
+            tensors[local] = f"{path}.weight_{local}"
+    if tensors["shape"] not in entries or entries[tensors["shape"]][1] != (2,):
+        damaged("a tensor of the quantised weight is missing", tensors["shape"], _NAME)
+    out, inputs = (int(n) for n in read(tensors["shape"]))
+    dtype, stored = entries[tensors["packed"]]
+    known = [s["num_bits"] for s in said if isinstance(s, Mapping) and type(s.get("num_bits")) is int]
+    bits = next((b for b in known if 1 <= b <= 8 and stored == (out, -(-inputs * b // 32))), None)
+    if dtype != torch.int32 or bits is None:
+        damaged(f"the codes are not packed in {known} bits without padding", tensors["packed"], _NAME, shape=stored)
+    label = f"compressed-tensors, {bits} bits"
+    _, groups = of = _scales(entries, tensors["scale"], (out, inputs), label)
+    if "zero_point" in tensors:
+        packed = entries[tensors["zero_point"]][0] == torch.int32
+        rows = -(-of[0] * bits // 32) if packed else of[0]
+        check(entries, tensors["zero_point"], (torch.int32, torch.int8), (rows, groups), label)
+    if "g_idx" in tensors:
+        check(entries, tensors["g_idx"], (torch.int32, torch.int64), (inputs,), label)
+    decode = partial(_decode_packed, bits=bits, shape=(out, inputs), name=path)
+    return Stored(tensors, (out, inputs), entries[tensors["scale"]][0], label + _grouping(of, inputs), decode)
+
+
+def _grouping(of: Shape, inputs: int) -> str:
+    if of[1] > 1:
+        return f", groups of {inputs // of[1]}"
+    return ", one scale" if of[0] == 1 else ", a scale for each row"
+
+
+def _decode_packed(tensors: Mapping[str, Tensor], *, bits: int, shape: Shape, name: str) -> Tensor:
+    middle = 1 << (bits - 1)
+    scale = tensors["scale"].reshape(-1, tensors["scale"].shape[-1] if tensors["scale"].ndim == 2 else 1)
+    codes = unpacked(tensors["packed"], bits, shape[1])
+    zero = torch.full_like(scale, middle, dtype=torch.int16)
+    if "zero_point" in tensors:
+        zero = tensors["zero_point"].to(torch.int16) + middle  # as older releases write it
+        if tensors["zero_point"].dtype == torch.int32:
+            zero = unpacked(tensors["zero_point"].t().contiguous(), bits, len(scale)).t()
+    return _values(codes, scale, zero, tensors.get("g_idx"), name)
+
+
+def _plain(entries: Entries, path: str, scale: str) -> Stored:
+    tensors = {"weight": f"{path}.weight", "scale": scale}
+    shape = entries[tensors["weight"]][1]
+    label = "compressed-tensors, 8 bits"
+    if len(shape) != 2:
+        damaged("the quantised weight is no matrix", tensors["weight"], label, shape=shape)
+    of = _scales(entries, scale, shape, label)
+    for local in ("zero_point", "g_idx"):
+        if f"{path}.weight_{local}" in entries:
+            tensors[local] = f"{path}.weight_{local}"
+    if "zero_point" in tensors:
+        check(entries, tensors["zero_point"], (torch.int8,), entries[scale][1], label)
+    if "g_idx" in tensors:
+        check(entries, tensors["g_idx"], (torch.int32, torch.int64), (shape[1],), label)
+    return Stored(tensors, shape, entries[scale][0], label + _grouping(of, shape[1]), partial(_decode_plain, name=path))
+
+
+def _decode_plain(tensors: Mapping[str, Tensor], *, name: str) -> Tensor:
+    width = tensors["scale"].shape[-1] if tensors["scale"].ndim == 2 else 1
+    scale, zero = tensors["scale"].reshape(-1, width), tensors.get("zero_point")
+    zero = None if zero is None else zero.to(torch.int16).reshape(-1, width)
+    return _values(tensors["weight"], scale, zero, tensors.get("g_idx"), name)
+
+
+def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, name: str) -> Tensor:
+    """``(code − zero) · scale`` of codes ``(out, in)`` and of scales and zeros ``(out or 1, groups)``."""
+    return by_groups(codes, zero, scale, index, codes.shape[1] // scale.shape[1], f"{name}.weight_g_idx")
+
+
+def idle(entries: Entries) -> Iterator[str]:
+    """Names of tensors that only quantised activations need."""
+    return (name for name in entries if name.endswith((*fp8.IDLE, ".input_zero_point", ".output_zero_point")))

@@ -1,0 +1,88 @@
+"""Weights in 8-bit floats with scales beside them, as DeepSeek, Qwen, Mistral and transformers write them: ``w = code · scale`` with
+a scale for the tensor, for a row, or for a block of rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .stored import Entries, Shape, Source, Stored, damaged, unknown
+
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+#: ends of a scale's name after the weight's name, and after the module's
+_AFTER = ("_scale_inv", "_scale")
+_BESIDE = ("qscale_weight", "scale")
+#: settings of activations and of the cache, which a dense model has not
+IDLE = (
+    ".input_scale", ".activation_scale", ".weight_activation_scale", ".input_scale_ub", ".output_scale", ".k_scale",
+    ".v_scale", ".kv_scale", ".q_scale", ".qscale_act",
+)  # fmt: skip
+
+
+def weights(source: Source) -> dict[str, Stored]:
+    """``{name of a weight: the stored weight}``; experts that transformers holds in one tensor have three dimensions."""
+    block = source.settings.get("weight_block_size")
+    if block is not None and not (isinstance(block, (list, tuple)) and [type(n) for n in block] == [int, int]):
+        unknown("weight_block_size", block, "fp8", "restore the config.json that was saved with the weights")
+    found = {}
+    for name, (dtype, shape) in source.entries.items():
+        if dtype in CODES and len(shape) >= 2:
+            scale = scale_of(name, source.entries)
+            if scale is None:
+                damaged("the weight in 8-bit floats has no scale beside it", name, "fp8")
+            # transformers' dequantisation gives the config's dtype
+            found[name] = stored(source.entries, name, scale, None if block is None else tuple(block), source.dtype)
+    return found
+
+
+def scale_of(name: str, entries: Entries) -> str | None:
+    """The name of the scale of the weight ``name``; None without a scale."""
+    path, dot, local = name.rpartition(".")
+    beside = [f"{path}{dot}{end}" for end in _BESIDE] if local == "weight" else []
+    return next((n for n in (*(name + end for end in _AFTER), *beside) if n in entries), None)
+
+
+def stored(entries: Entries, name: str, scale: str, block: Shape | None, dtype: torch.dtype) -> Stored:
+    """The weight ``name`` with its scale; ``block`` are the rows and columns that share a scale, None for what the shapes say."""
+    shape = entries[name][1]
+    grid = _grid(entries, name, scale, block)
+    what = "one scale" if grid == shape[-2:] else f"blocks of {grid[0]} × {grid[1]}"
+    what = "a scale for each row" if grid == (1, shape[-1]) else what
+    if entries[scale][0] not in _SCALES:
+        damaged(f"the scale has the dtype {entries[scale][0]}, which oftsurgery does not read", scale, "fp8")
+    return Stored(
+        {"weight": name, "scale": scale}, shape, dtype, f"fp8, {what}", partial(_decode, grid=grid, dtype=dtype)
+    )
+
+
+def _grid(entries: Entries, name: str, scale: str, block: Shape | None) -> Shape:
+    """The rows and columns that share a scale."""
+    *_, rows, columns = entries[name][1]
+    of = entries[scale][1]
+    if of in ((), (1,)) or of[-2:] == (1, 1):
+        return rows, columns
+    if of == (rows,):
+        return 1, columns
+    across, along = of[-2:] if len(of) > 1 else (0, 0)
+    if block is not None and (across, along) == (-(-rows // block[0]), -(-columns // block[1])):
+        return tuple(block)
+    if len(of) < 2 or not across or not along or rows % across or columns % along:
+        damaged("the scales do not fit the weight", scale, "fp8", shape=of, expected=(rows, columns))
+    return rows // across, columns // along
+
+
+def _decode(tensors: Mapping[str, Tensor], *, grid: Shape, dtype: torch.dtype) -> Tensor:
+    weight, scale = tensors["weight"].to(torch.float32), tensors["scale"].to(torch.float32)
+    *_, rows, columns = weight.shape
+    if scale.ndim < 2:
+        scale = scale.reshape(-1, 1)
+    if grid[0] < rows:
+        scale = scale.repeat_interleave(grid[0], -2)[..., :rows, :]
+    if grid[1] < columns:
+        scale = scale.repeat_interleave(grid[1], -1)[..., :columns]
+    return (weight * scale).to(dtype)

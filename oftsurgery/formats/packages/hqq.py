@@ -1,0 +1,106 @@
+"""HQQ's layout, as the package hqq and transformers save it: ``w = (code − zero) · scale`` over groups of a flat weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stored import Entries, Source, Stored, check, damaged, groups_of
+
+#: ``{packing: (codes in a word, bits of a code, dtype of a word)}``; the codes of a word lie far apart, in equal parts of the rows
+_PACKING = {
+    "8bit_u8": (1, 8, torch.uint8),
+    "4bit_u8": (2, 4, torch.uint8),
+    "3bit_32": (10, 3, torch.int32),
+    "2bit_u8": (4, 2, torch.uint8),
+    "1bit_u8": (8, 1, torch.uint8),
+}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+#: tensors beside ``W_q`` that say how the weight is stored
+_FACTS = ("shape", "nbits", "group_size", "axis", "packing", "compute_dtype")
+_MORE = (
+    "quant_zero", "quant_scale", "view_as_float", "unpack_view_dtype", "offload_meta", "encoded_state_dict", "channel_wise", "optimize",
+    "round_zero", "stores_quant_config",
+)  # fmt: skip
+_MOST = 64  # entries of a tensor of facts
+
+
+def weights(source: Source) -> dict[str, Stored]:
+    """``{name of a weight: the stored weight}``."""
+    found = {}
+    for path, tensors in groups_of(source.entries, "W_q", ("scale", "zero", *_FACTS), "hqq"):
+        more = {local: f"{path}.{local}" for local in _MORE if f"{path}.{local}" in source.entries}
+        large = next(
+            (n for n in (*more.values(), *(tensors[f] for f in _FACTS)) if _size(source.entries, n) > _MOST), None
+        )
+        if large is not None:
+            damaged("a tensor that says how the weight is stored is too large", large, "hqq")
+        facts = {
+            local: source.read(n) for local, n in (tensors | more).items() if local not in ("W_q", "scale", "zero")
+        }
+        found[f"{path}.weight"] = _stored(source.entries, tensors | more, facts)
+    return found
+
+
+def _size(entries: Entries, name: str) -> int:
+    return math.prod(entries[name][1])
+
+
+def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Tensor]) -> Stored:
+    name = tensors["W_q"]
+    for fact in ("quant_zero", "quant_scale"):
+        if fact in facts and bool(facts[fact].any()):
+            damaged("the scales or zeros are quantised too, which hqq's own files cannot hold", tensors[fact], "hqq")
+    packing, compute = (_text(facts[fact]) for fact in ("packing", "compute_dtype"))
+    group, axis, nbits = (float(facts[fact].reshape(-1)[0]) for fact in ("group_size", "axis", "nbits"))
+    group, axis = int(group), int(axis)
+    shape: Any = tuple(facts["shape"].reshape(-1).tolist())
+    per_word, bits, word = _PACKING.get(packing, (0, 0, torch.uint8))
+    n = math.prod(shape)
+    if not per_word or compute not in _DTYPES or axis not in (0, 1) or len(shape) != 2 or group <= 0 or n % group:
+        damaged("the tensors beside the weight do not say a layout of hqq", name, "hqq")
+    dtype = _DTYPES[compute]
+    label = f"hqq, {nbits:g} bits, groups of {group} along axis {axis}"
+    matrix = (group, n // group) if axis == 0 else (n // group, group)
+    stored = (-(-matrix[0] // per_word), matrix[1])
+    if matrix[0] % per_word and bits != 3:
+        damaged("the codes do not fill the words", name, label, shape=matrix)
+    if "view_as_float" in facts and bool(facts["view_as_float"].any()):
+        itemsize = entries[name][0].itemsize
+        if math.prod(entries[name][1]) * itemsize != math.prod(stored) * word.itemsize:
+            damaged("the codes do not have the size that the layout says", name, label)
+    else:
+        check(entries, name, (word,), stored, label)
+    for local in ("scale", "zero"):
+        # without channel_wise, one scale stands for the whole weight
+        one = _size(entries, tensors[local]) == 1
+        scales = (1, matrix[1]) if axis == 0 else (matrix[0], 1)
+        check(entries, tensors[local], (dtype,), entries[tensors[local]][1] if one else scales, label)
+    decode = partial(_decode, packing=packing, matrix=matrix, stored=stored, shape=shape, dtype=dtype)
+    return Stored(tensors, shape, dtype, label, decode)
+
+
+def _text(codes: Tensor) -> str:
+    return bytes(codes.reshape(-1).to(torch.uint8).tolist()).decode("ascii", "replace")
+
+
+def _decode(
+    tensors: Mapping[str, Tensor],
+    *,
+    packing: str,
+    matrix: tuple[int, int],
+    stored: tuple[int, int],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    per_word, bits, word = _PACKING[packing]
+    words = tensors["W_q"].contiguous().view(word).reshape(stored)
+    shifts = [bits * (per_word - 1 - i) for i in range(per_word)]
+    codes = torch.cat([words >> shift & ((1 << bits) - 1) for shift in shifts])[: matrix[0]]
+    # hqq computes in its dtype, and so rounds twice
+    return ((codes.to(dtype) - tensors["zero"]) * tensors["scale"]).reshape(shape)

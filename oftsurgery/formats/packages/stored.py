@@ -1,0 +1,163 @@
+"""A :class:`Stored` weight is a weight as another package than bitsandbytes stores it: its tensors, and how that package
+dequantises the weight. Such weights are read, and never written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from oftsurgery.errors import FormatError, printable
+
+Shape = tuple[int, ...]
+#: ``{name of a tensor: (dtype, shape)}``
+Entries = Mapping[str, tuple[torch.dtype, Shape]]
+#: function from a name to the tensor
+Read = Callable[[str], Tensor]
+#: ``quantization_config`` of a ``config.json``
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A checkpoint that another package quantised.
+
+    Attributes:
+        entries: the tensors.
+        settings: ``quantization_config`` of its ``config.json``.
+        dtype: dtype in which transformers loads the model.
+        read: function that reads a small tensor.
+        metadata: ``{name: text}`` in the headers of the files.
+    """
+
+    entries: Entries
+    settings: Settings
+    dtype: torch.dtype
+    read: Read
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One weight as another package stores it.
+
+    Attributes:
+        tensors: ``{local name: name in the checkpoint}``.
+        shape: shape of the dequantised tensor, ``(out, in)`` for a linear.
+        dtype: dtype of the dequantised values.
+        label: the format, for people.
+        decode: function from ``{local name: tensor}`` to the dequantised tensor.
+    """
+
+    tensors: Mapping[str, str]
+    shape: Shape
+    dtype: torch.dtype
+    label: str
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+SAVE_AGAIN = "save the checkpoint again with the package that quantised the weights"
+
+
+def damaged(message: str, tensor: str, format: str, **facts: Any) -> NoReturn:
+    """Raise the error for tensors that do not fit the format that the config names."""
+    raise FormatError(message, tensor=tensor, format=format, remedy=SAVE_AGAIN, **facts)
+
+
+def unknown(setting: str, value: object, method: str, remedy: str) -> NoReturn:
+    """Raise the error for a setting of ``quantization_config`` whose layout is not known."""
+    message = f"the config says {setting}={printable(value)!r}, a layout that oftsurgery does not read"
+    raise FormatError(message, format=method, remedy=remedy)
+
+
+def groups_of(
+    entries: Entries, mark: str, wanted: Collection[str], method: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """``(path, {local name: name})`` of the modules that hold a tensor ``mark``; each must hold all tensors ``wanted``."""
+    for name in entries:
+        path, dot, local = name.rpartition(".")
+        if local != mark:
+            continue
+        found = {local: f"{path}{dot}{local}" for local in (mark, *wanted)}
+        lost = next((n for n in found.values() if n not in entries), None)
+        if lost is not None:
+            damaged("a tensor of the quantised weight is missing", lost, method)
+        yield path, found
+
+
+def check(entries: Entries, name: str, dtypes: Collection[torch.dtype], shape: Shape, format: str) -> None:
+    """Refuse a tensor of another dtype or shape than the format has."""
+    dtype, found = entries[name]
+    if dtype not in dtypes or found != shape:
+        what = (
+            f"a tensor of the quantised weight has the dtype {dtype} and does not fit the format, or has another shape"
+        )
+        damaged(what, name, format, shape=found, expected=shape)
+
+
+def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
+    """The codes in the rows of ``words``, which hold one stream of bits, lowest bit first.
+
+    >>> unpacked(torch.tensor([[0x21, 0x43]]), 4, 10).tolist()
+    [[1, 2, 0, 0, 0, 0, 0, 0, 3, 4]]
+
+    Args:
+        words: ``(rows, n)`` int32.
+        bits: 1 to 8.
+        count: number of codes in a row; further bits are padding.
+
+    Returns:
+        ``(rows, count)`` uint8.
+    """
+    rows, n = words.shape
+    if 8 % bits == 0:  # a code lies in one byte, and the lowest byte of a word comes first in memory
+        held = words.to(torch.int32).contiguous().view(torch.uint8)
+        parts = [held >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [held]
+        return torch.stack(parts, dim=-1).reshape(rows, -1)[:, :count]
+    period = 32 // math.gcd(bits, 32)  # codes after which a code begins at a word again
+    width = period * bits // 32  # words of a period
+    words = torch.nn.functional.pad(words, (0, -n % width)).to(torch.int64) & 0xFFFFFFFF
+    words = words.reshape(rows, -1, width)
+    codes = torch.empty(rows, words.shape[1], period, dtype=torch.uint8)
+    for i in range(period):
+        at, shift = divmod(i * bits, 32)
+        code = words[..., at] >> shift
+        if shift + bits > 32:
+            code = code | words[..., at + 1] << (32 - shift)
+        codes[..., i] = (code & ((1 << bits) - 1)).to(torch.uint8)
+    return codes.reshape(rows, -1)[:, :count]
+
+
+def scaled(codes: Tensor, zeros: Tensor | None, scales: Tensor) -> Tensor:
+    """``(codes − zeros) · scales``, rounded once to the dtype of ``scales``, which holds the differences of the integers exactly."""
+    steps = codes.to(torch.float32)
+    if zeros is not None:
+        steps -= zeros.to(torch.float32)
+    return steps.mul_(scales.to(torch.float32)).to(scales.dtype)
+
+
+def by_groups(
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, index: Tensor | None, size: int, name: str
+) -> Tensor:
+    """:func:`scaled` of codes ``(out, in)``, where the zeros and scales ``(out or 1, groups)`` are those of groups of inputs.
+
+    Args:
+        index: ``(in,)``, the group of each input; None for groups of ``size`` neighbours.
+        name: the name of the index, for the error.
+
+    Raises:
+        FormatError: the index names a group that is not there.
+    """
+    out, inputs = codes.shape
+    of = torch.arange(inputs) // size if index is None else index.to(torch.int64)
+    if not 0 <= int(of.min()) <= int(of.max()) < scales.shape[1]:
+        damaged("the group of an input lies outside the groups", name, "groups of inputs")
+    if inputs == size * scales.shape[1] and torch.equal(of, torch.arange(inputs) // size):
+        zeros = None if zeros is None else zeros.unsqueeze(-1)
+        return scaled(codes.reshape(out, -1, size), zeros, scales.unsqueeze(-1)).reshape(out, inputs)
+    return scaled(codes, None if zeros is None else zeros[:, of], scales[:, of])

@@ -1,0 +1,154 @@
+"""A checkpoint that another package than bitsandbytes quantised, read as the plain checkpoint that this package dequantises it to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.dtypes import DTYPE_NAMES, DTYPES
+from oftsurgery.errors import FormatError, printable
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.reading import TensorEntry, read_header
+from oftsurgery.formats.packages.methods import METHODS, REMEDIES, idle_tensors
+from oftsurgery.formats.packages.stored import SAVE_AGAIN, Source, Stored
+
+from .folder import load_dtype
+
+_SETTINGS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, eq=False)
+class DequantisedCheckpoint(Checkpoint):
+    """The plain checkpoint that a package's own dequantisation of ``packed`` gives, weight by weight as each is read.
+
+    Attributes:
+        packed: the checkpoint as it is stored.
+        held: ``{name of a weight: the stored weight}``.
+        method: ``quant_method`` of the config.
+    """
+
+    packed: Checkpoint | None = None
+    held: Mapping[str, Stored] = field(default_factory=dict)
+    method: str | None = None
+
+    def read(self, name: str) -> Tensor:
+        stored = self.held.get(name)
+        if stored is None:
+            return super().read(name)
+        assert self.packed is not None  # noqa: S101 - such a checkpoint has one
+        return stored.decode({local: self.packed.read(own) for local, own in stored.tensors.items()}).contiguous()
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        if name not in self.held:
+            yield from super().chunks(name)
+        else:
+            yield self.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    @property
+    def nbytes(self) -> int:
+        assert self.packed is not None  # noqa: S101 - such a checkpoint has one
+        return self.packed.nbytes
+
+    @property
+    def stored_as(self) -> str | None:
+        return self.method
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return {name: stored.label for name, stored in self.held.items()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        assert self.packed is not None  # noqa: S101 - such a checkpoint has one
+        return self.packed.identity
+
+
+def dequantised(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint``, or the plain checkpoint that its package dequantises it to.
+
+    Raises:
+        FormatError: oftsurgery does not read the package's weights, or the tensors do not prove what the config says.
+    """
+    settings = next((checkpoint.config[name] for name in _SETTINGS if checkpoint.config.get(name)), None)
+    method = method_of(settings)
+    if not isinstance(settings, Mapping) or method in (None, "bitsandbytes"):
+        return checkpoint
+    if method not in METHODS:
+        raise FormatError(
+            "another library quantised the checkpoint; oftsurgery reads plain weights and those of bitsandbytes, "
+            + ", ".join(METHODS),
+            format=printable(method),
+            path=checkpoint.folder,
+            remedy=REMEDIES.get(str(method), "dequantise the checkpoint with that library first"),
+        )
+    entries = {name: (DTYPES[e.dtype], e.shape) for name, e in checkpoint.entries.items()}
+    held = METHODS[method](
+        Source(entries, settings, load_dtype(checkpoint), checkpoint.read, _metadata(checkpoint, method))
+    )
+    if not held:
+        raise FormatError(
+            f"the config says that {printable(method)} quantised the weights, and no weight is stored so",
+            format=printable(method),
+            path=checkpoint.folder,
+            remedy="restore the config.json of these weights",
+        )
+    both = next((n for n, s in held.items() if n in entries and n not in s.tensors.values()), None)
+    if both is not None:
+        message = "the checkpoint holds the weight twice, plain and quantised"
+        raise FormatError(message, tensor=both, format=printable(method), remedy=SAVE_AGAIN)
+    own = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle_tensors(method, entries)}))
+    own["config"] = MappingProxyType({k: v for k, v in checkpoint.config.items() if k not in _SETTINGS})
+    return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), method=method)
+
+
+def from_pretrained(cls: Any, checkpoint: Checkpoint, config: Any, **settings: Any) -> nn.Module:
+    """The model that ``from_pretrained`` of transformers' class ``cls`` loads from a checkpoint; a checkpoint that is read dequantised
+    gives its plain tensors.
+    """
+    if checkpoint.stored_as is None:
+        place: Path | None = checkpoint.folder
+        settings |= {"local_files_only": True, "use_safetensors": True}
+    else:
+        place = None
+        settings |= {"state_dict": {name: checkpoint.read(name) for name in checkpoint.entries}}
+    return cls.from_pretrained(place, config=config, **settings)  # type: ignore[no-any-return]
+
+
+def method_of(settings: object) -> str | None:
+    """The package that a ``quantization_config`` names; None for none."""
+    if not isinstance(settings, Mapping):
+        return None
+    named = settings.get("quant_method")
+    if named is None:
+        return "compressed-tensors" if "config_groups" in settings else None
+    return str(getattr(named, "value", named))
+
+
+def _metadata(checkpoint: Checkpoint, method: str) -> dict[str, str]:
+    """The metadata of the headers, where torchao says of each weight how the weight is stored; nothing for other packages."""
+    files = checkpoint.files if method == "torchao" else ()
+    return {name: text for file in files for name, text in read_header(checkpoint.weights / file)[1].items()}
+
+
+def _entries(checkpoint: Checkpoint, held: Mapping[str, Stored], idle: set[str]) -> dict[str, TensorEntry]:
+    """The plain checkpoint's tensors: each weight in the place of its first tensor, and the tensors that belong to no weight."""
+    owner = {own: name for name, stored in held.items() for own in stored.tensors.values()}
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.entries.items():
+        weight = owner.get(name)
+        if weight is None:
+            if name not in idle:
+                entries[name] = entry
+        elif weight not in entries:
+            stored = held[weight]
+            size = math.prod(stored.shape) * stored.dtype.itemsize
+            entries[weight] = TensorEntry(weight, entry.file, DTYPE_NAMES[stored.dtype], stored.shape, -1, size)
+    return entries
