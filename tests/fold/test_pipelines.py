@@ -67,7 +67,10 @@ def contents_of(folder: Path) -> dict[str, Any]:
     """The files, and of the weights the tensors."""
     files = files_in(folder)
     names = [name for name in files if name.endswith(".safetensors")]
-    return files | {n: {k: t.view(torch.uint8).tolist() for k, t in load_file(folder / n).items()} for n in names}
+    return files | {
+        n: {k: (str(t.dtype), t.shape, t.view(torch.uint8).numpy().tobytes()) for k, t in load_file(folder / n).items()}
+        for n in names
+    }
 
 
 def fold(place: Path, adapters: list[str], out: Path, **more: Any) -> oftsurgery.FoldRecord:
