@@ -1,5 +1,6 @@
 # Everything runs in .venv, which these commands make. The file constraints.txt has the versions of all packages in .venv.
 #   make demo     shows what a fold costs and keeps, on a real model, beside peft's own merge
+#   make demo-image   draws with live and folded adapters of tiny image models, and writes docs/pictures/image-demo.png: about a minute
 #   make test     runs all tests but the slow tests; ARGS="-k name" selects tests
 #   make slow     runs the slow tests
 #   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
@@ -27,11 +28,14 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf test-bases slow check notebook families docs bench bench-check bench-quality browser
+.PHONY: gpu-check demo demo-image test test-oldest test-serving test-vllm test-gguf test-bases slow check notebook families docs bench bench-check bench-quality browser
 
 # transformers would show a bar while it unpacks the language model
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python tools/demo.py
+
+demo-image: $(INSTALLED)
+	TQDM_DISABLE=1 $(BIN)/python tools/demo_image.py
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)

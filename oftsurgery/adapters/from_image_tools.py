@@ -105,7 +105,10 @@ def parse_image_adapter(
         message = f"the file holds changes of normalisation layers, which only LyCORIS trains, and is of {name}"
         raise DialectError(message, tensor=next(iter(sums)), path=source, remedy="restore the file that the tool saved")
     kept = bias or "kept" if rules.may_turn_bias else None
-    config = {"metadata": dict(metadata)}
+    config = {
+        "metadata": dict(metadata),
+        "without_alpha": name == "lycoris" and "alpha" not in next(iter(parts.values())),
+    }
     return OFTAdapter(modules=modules, sums=sums, dialect=name, config=config, source=source, sha256=sha256, bias=kept)
 
 

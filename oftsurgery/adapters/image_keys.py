@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,16 @@ def sort_image_keys(tensors: Mapping[str, Tensor], source: str | None) -> Parts:
     if not found:
         raise AdapterError("the file holds no tensor", path=source, remedy="give the file that the tool saved")
     return found
+
+
+def has_image_keys(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these ``names`` is an OFT adapter of an image tool, and no model.
+
+    >>> has_image_keys(["lora_unet_mid_block.oft_blocks", "lora_unet_mid_block.alpha"]), has_image_keys(["mid_block.weight"])
+    (True, False)
+    """
+    ends = (match["end"] for name in names if (match := _END.fullmatch(name)) is not None)
+    return any(end.startswith("oft_") for end in ends)
 
 
 def _check_values(tensor: Tensor, where: Mapping[str, Any]) -> None:

@@ -56,12 +56,12 @@ def read_adapter(
             f"the constraint is {printable(constraint)}",
             remedy="give the limit of the training, a finite number from 0 on (0: no limit)",
         )
-    single = _single_file(path_or_repo, revision, subfolder, filename)
+    single = single_file(path_or_repo, revision, subfolder, filename)
     if single is not None:
         source, path = single
         with _told_of_adapter():
             path = inside(path.parent, path.name, own=True)
-        tensors, metadata = _read_file(path)
+        tensors, metadata = read_file(path)
         return parse_image_adapter(
             tensors,
             metadata,
@@ -79,8 +79,8 @@ def read_adapter(
     return parse_adapter(config, tensors, dialect=dialect, source=str(place), sha256=sha256)
 
 
-def _single_file(
-    given: str | PathLike[str], revision: str | None, subfolder: str | None, filename: str | None
+def single_file(
+    given: str | PathLike[str], revision: str | None = None, subfolder: str | None = None, filename: str | None = None
 ) -> tuple[str, Path] | None:
     """``(source, path)`` of the adapter's single file, local or in the Hub's cache; None for a folder of peft.
 
@@ -261,10 +261,10 @@ def _told_of_adapter() -> Iterator[None]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's safetensors file."""
-    return _read_file(path)[0]
+    return read_file(path)[0]
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``(tensors, metadata)`` of an adapter's safetensors file."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file

@@ -67,7 +67,7 @@ def plan_fold(
                 path=opened.folder,
                 remedy="leave out calibration=… (--calibration): the rounding 'preserve' needs no data",
             )
-        return plan_pipeline(opened, adapters, settings.component, plan, undo=settings.undo is not None)
+        return plan_pipeline(opened, adapters, settings.component, plan)
     return plan(opened, adapters)
 
 
@@ -168,8 +168,8 @@ def fold_checkpoint(
             :func:`fold`; the tokens that the model wrote lie beside the record, in ``oftsurgery_calibration.json``, and a later
             fold reads this file.
         undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` restores every byte that
-            the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
-            quantised first).
+            the fold changes, of all models of a pipeline. The fold must keep the weights' formats (an undo does not take back
+            that a plain source was quantised first).
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
         tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
             ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
@@ -350,7 +350,7 @@ def unfold_checkpoint(
             plain = opened_base(base, record_beside(source), variant)
             plan = plan_restore(source, plain, max_shard_bytes=size)
         elif undo is not None:
-            plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+            plan = plan_undo(source, open_undo(Path(undo).expanduser(), record_beside(source)), max_shard_bytes=size)
         else:
             assert adapter is not None  # noqa: S101 - checked above
             plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)

@@ -292,7 +292,7 @@ def unfold(
         "call unfold(model, adapter), which rotates back, or unfold(model, base=…) or unfold(model, undo=…), which restore exactly",
     )
     if undo is not None:
-        record = open_undo(Path(undo).expanduser())
+        record = open_undo(Path(undo).expanduser(), record_of(folded))
         return undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
         source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_base(base, record_of(folded)))

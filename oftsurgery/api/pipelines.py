@@ -17,7 +17,7 @@ from oftsurgery.files.pipeline import Pipeline
 from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
 from oftsurgery.folding.pipelines import PipelinePlan
-from oftsurgery.folding.undo_reader import open_undo
+from oftsurgery.folding.undo_reader import UndoRecord, open_undo, open_undos
 from oftsurgery.records.record_file import record_in
 from oftsurgery.stores.components import split_adapters
 from oftsurgery.stores.folder import FolderStore
@@ -30,20 +30,13 @@ def plan_pipeline(
     adapters: Sequence[OFTAdapter],
     component: str | None,
     plan: Callable[[Checkpoint, Sequence[OFTAdapter]], CheckpointPlan],
-    *,
-    undo: bool,
 ) -> PipelinePlan:
     """The fold of a pipeline; ``plan`` plans the fold of one model.
 
     Raises:
-        StateError: an undo record was asked for, and several models are folded.
         OFTSurgeryError: as for one checkpoint.
     """
     parts = split_adapters(adapters, _stores(pipeline.models), component)
-    if undo and len(parts) > 1:
-        message = f"an undo record belongs to one model, and the adapters are for {', '.join(map(printable, parts))}"
-        remedy = "fold model by model, each with its own undo record (--component), or leave out the undo record: the base restores exactly"
-        raise StateError(message, path=pipeline.folder, remedy=remedy)
     return PipelinePlan(pipeline, {name: plan(pipeline.models[name], own) for name, own in parts.items()})
 
 
@@ -61,10 +54,8 @@ def plan_pipeline_back(
     models = folded_models(folded, component)
     plans: dict[str, CheckpointPlan] = {}
     if undo is not None:
-        record = open_undo(Path(undo).expanduser())
-        own = [name for name, model in models.items() if (fold := record_in(model.folder)) and record.is_of(fold)]
-        name = own[0] if own else next(iter(models))  # where the record is of no model, the plan says so
-        plans[name] = plan_undo(models[name], record, max_shard_bytes=max_shard_bytes)
+        for name, record in _undos(Path(undo).expanduser(), models, component).items():
+            plans[name] = plan_undo(_same_model(folded, name), record, max_shard_bytes=max_shard_bytes)
     elif base is not None:
         for name, model in models.items():
             plans[name] = plan_restore(model, _same_model(base, name), max_shard_bytes=max_shard_bytes)
@@ -72,6 +63,18 @@ def plan_pipeline_back(
         for name, own_adapters in split_adapters(adapters, _stores(models), component).items():
             plans[name] = plan_unfold(models[name], own_adapters, rounding=rounding, max_shard_bytes=max_shard_bytes)
     return PipelinePlan(folded, plans)
+
+
+def _undos(path: Path, models: Mapping[str, Checkpoint], component: str | None) -> dict[str, UndoRecord]:
+    """``{component: its undo record}`` of the models that an undo record restores: of ``component`` alone where it is given."""
+    found = open_undos(path)
+    if "" not in found:
+        return {name: record for name, record in found.items() if component in (None, name)} or {
+            str(component): open_undo(path)  # which raises: the record has no such model
+        }
+    record = found[""]
+    own = [name for name, model in models.items() if (fold := record_in(model.folder)) and record.is_of(fold)]
+    return {own[0] if own else next(iter(models)): record}  # where the record is of no model, the plan says so
 
 
 def compare_pipelines(

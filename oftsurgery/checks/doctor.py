@@ -8,6 +8,7 @@ newer peft loads as the identity, settings that readers ignore.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -16,27 +17,30 @@ from typing import get_args
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.adapters.from_image_tools import PEFT_METADATA
+from oftsurgery.adapters.image_keys import has_image_keys
+from oftsurgery.adapters.reading import DIFFUSERS_FILE, find_adapter, read_adapter
+from oftsurgery.errors import CheckpointError
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, is_single_file, variants_in
 from oftsurgery.files.pipeline import is_pipeline, open_pipeline
-from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header
 from oftsurgery.stores.components import split_adapters
 from oftsurgery.stores.folder import FolderStore
 
-from .doctor_adapter import examine_adapter
+from .doctor_adapter import examine_adapter, examine_read_adapter
 from .doctor_checkpoint import examine_checkpoint
 from .doctor_live_model import examine_model
 from .findings import Finding, Model, Severity
 
 
 def doctor(
-    path_or_model: str | PathLike[str] | nn.Module,
+    path_or_model: str | PathLike[str] | nn.Module | OFTAdapter,
     *,
     base: str | PathLike[str] | nn.Module | None = None,
     adapter: OFTAdapter | str | PathLike[str] | None = None,
 ) -> list[Finding]:
-    """Examine a checkpoint's folder, an adapter's folder (or a Hub id of either), or a live model.
+    """Examine a checkpoint's folder, an adapter's folder (or a Hub id of either), a single file of either, or a live model.
 
     >>> oftsurgery.doctor("ADAPTER")                             # nothing is wrong
     []
@@ -46,7 +50,8 @@ def doctor(
     note kept
 
     Args:
-        path_or_model: what to examine.
+        path_or_model: what to examine. An adapter of an image tool is also compared with what popular loaders (ComfyUI, A1111's web
+            UI, the OFTv2 node) make of it; an :class:`~oftsurgery.OFTAdapter` where its file does not tell the dialect.
         base: the checkpoint or model that was folded, or that an adapter is for. With ``adapter`` each folded weight is
             compared with the base's weight, rotated anew.
         adapter: the adapter that is folded in (with ``base``), or that is to be.
@@ -63,6 +68,10 @@ def doctor(
         adapter = read_adapter(adapter)
     if isinstance(path_or_model, nn.Module):
         found = examine_model(path_or_model, base, adapter)
+    elif isinstance(path_or_model, OFTAdapter):
+        found = examine_read_adapter(path_or_model, Path(path_or_model.source or "adapter").name, base)
+    elif (file := _file_of_adapter(path_or_model)) is not None:
+        found = examine_adapter(file, base)
     elif is_single_file(path_or_model):
         found = examine_checkpoint(Path(path_or_model).expanduser(), base, adapter)
     elif (folder := _folder_of_adapter(path_or_model)) is not None:
@@ -88,6 +97,19 @@ def _examine_folder(folder: Path, base: Model | None, adapter: OFTAdapter | None
         own_findings = examine_checkpoint(model.folder, given, own.get(name))
         found += [replace(finding, subject=f"{name}: {finding.subject}") for finding in own_findings]
     return found
+
+
+def _file_of_adapter(path: str | PathLike[str]) -> Path | None:
+    """The single file of an image tool's adapter at ``path``, or in this folder; None for anything else."""
+    given = Path(path).expanduser()
+    file = given / DIFFUSERS_FILE if given.is_dir() and not (given / ADAPTER_CONFIG).is_file() else given
+    if not is_single_file(file) or (file.name == ADAPTER_TENSORS and (file.parent / ADAPTER_CONFIG).is_file()):
+        return None
+    with suppress(CheckpointError):  # the error of a damaged file belongs to the examination
+        entries, metadata = read_header(file)
+        if PEFT_METADATA in metadata or has_image_keys(entry.name for entry in entries):
+            return file
+    return None
 
 
 def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:

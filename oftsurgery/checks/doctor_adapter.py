@@ -1,42 +1,80 @@
-""":func:`examine_adapter` finds what is wrong with an adapter's files, and which releases of peft read the adapter otherwise."""
+""":func:`examine_adapter` finds what is wrong with an adapter's files, and which releases of peft, and which loaders of image
+tools, read the adapter otherwise.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
+from oftsurgery.adapters.from_image_tools import parse_image_adapter
 from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import read_files
+from oftsurgery.adapters.reading import read_file, read_files
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.layout import is_single_file
+from oftsurgery.files.pipeline import is_pipeline, open_pipeline
+from oftsurgery.files.reading import sha256_of
+from oftsurgery.stores.components import split_adapters
+from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.store import Store
 
+from .base_weights import BaseWeights
 from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite
 from .findings import FOLD, Finding, Model, Numbers, noting
+from .loaders import other_loaders
 
 
-def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
+def examine_adapter(path: Path, base: Model | None) -> list[Finding]:
+    """Findings on the adapter in a folder of peft, or in the single file of an image tool."""
     found: list[Finding] = []
-    with noting(found, folder.name):
-        config, tensors, sha256 = read_files(folder)
+    with noting(found, path.name):
+        single = path.is_file()
+        config: Mapping[str, Any]
+        if single:
+            tensors, config = read_file(path)
+            sha256 = sha256_of(path)
+        else:
+            config, tensors, sha256 = read_files(path)
         for name, tensor in tensors.items():
             found += non_finite(name, tensor)
         if found:
             return sorted(found, key=lambda f: -float(f.evidence["values"] or 0))
         with noting(found):  # the error names the tensor or the module
-            adapter = parse_adapter(config, tensors, source=str(folder), sha256=sha256)
-            found += other_releases(adapter, folder.name)
-            if base is not None:
-                if not (isinstance(base, nn.Module) or is_single_file(base)):
-                    base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
-                found += obstacles(adapter, open_store(base))
+            parse: Any = parse_image_adapter if single else parse_adapter
+            first, second = (tensors, config) if single else (config, tensors)
+            found += examine_read_adapter(parse(first, second, source=str(path), sha256=sha256), path.name, base)
     return found
+
+
+def examine_read_adapter(adapter: OFTAdapter, subject: str, base: Model | None) -> list[Finding]:
+    """Findings on an adapter that was read from its files."""
+    found = other_releases(adapter, subject)
+    with noting(found):
+        if base is None:
+            return found + list(other_loaders(adapter, subject))
+        if not (isinstance(base, nn.Module) or is_single_file(base)):
+            base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
+        parts = _with_stores(adapter, base)
+        against = [finding for part, store in parts for finding in obstacles(part, store)]
+        found += against or other_loaders(adapter, subject, BaseWeights(parts))
+    return found
+
+
+def _with_stores(adapter: OFTAdapter, base: Model) -> list[tuple[OFTAdapter, Store]]:
+    """``(part of the adapter, its model)``: the parts for a pipeline's components, or the whole adapter."""
+    if not (isinstance(base, Path) and is_pipeline(base)):
+        return [(adapter, open_store(base))]
+    stores = {name: FolderStore(model) for name, model in open_pipeline(base).models.items()}
+    return [(one, stores[name]) for name, (one,) in split_adapters([adapter], stores).items()]
 
 
 def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:

@@ -21,6 +21,7 @@ Numbers = dict[str, float | int | str | None]
 Model = str | PathLike[str] | nn.Module
 
 FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED OUTPUT --adapter ADAPTER"
+CONVERT = "oftsurgery adapter convert ADAPTER OUTPUT.safetensors --to comfyui"
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class LoadedCheckpoint:
         stored = [name for name in checkpoint.entries if name not in beside]
         self.model = skeleton(checkpoint.config, dtype, len(stored))
         if self.model is None:
-            self._from.update((name, name) for name in stored)
-            self.sources.update((name, name) for name in stored)
+            self._from.update((_of_module(name), name) for name in stored)
+            self.sources.update((name, name) for name in self._from)
             return
         self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         self._of_diffusers = not hasattr(self.model, "all_tied_weights_keys")
@@ -363,6 +363,12 @@ class LoadedCheckpoint:
                 written = self.checkpoint.config if path == "" else {}
                 found[path] = bool(written.get("tie_word_embeddings", parsed))
         return found
+
+
+def _of_module(name: str) -> str:
+    """The name of a stored tensor, or for an attention's fused projection in OpenCLIP the name that a module's tensor would have."""
+    before, mark, leaf = name.rpartition(".attn.in_proj_")
+    return f"{before}.attn.in_proj.{leaf}" if mark and leaf in ("weight", "bias") and ".resblocks." in before else name
 
 
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:

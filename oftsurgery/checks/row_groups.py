@@ -45,7 +45,7 @@ class RowGroups:
         inputs = [step for step in own if step[1].side == "input"]
         for rows, weight_map in [step for step in own if step[1].side != "input"] + inputs[::-1]:
             step = partial(measures.rotated, chain=[weight_map], module=rows.paths[0], kernel=())
-            found |= _on_rows(found, rows, _sizes(rows, weights), step)
+            found |= _on_rows(found, rows, sizes_of(rows, weights), step)
         return found
 
     def rotated_biases(self, biases: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,11 +54,11 @@ class RowGroups:
         for rows, weight_map in self._steps:
             if {*rows.paths} <= found.keys() and weight_map.turns_bias:
                 step = partial(measures.rotated_bias, chain=[weight_map])
-                found |= _on_rows(found, rows, _sizes(rows, weights), step)
+                found |= _on_rows(found, rows, sizes_of(rows, weights), step)
         return found
 
 
-def _sizes(rows: Rows, weights: Mapping[str, Tensor]) -> list[int]:
+def sizes_of(rows: Rows, weights: Mapping[str, Tensor]) -> list[int]:
     """The numbers of rows of the parts of a fused weight: equal, or three projections and the MLP of Flux' single blocks."""
     out, features = weights[rows.paths[0]].shape
     return [features, features, features, out - 3 * features] if rows.count == 4 else [out // rows.count] * rows.count

@@ -5,7 +5,7 @@ the table of the two layouts of image models is shared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -65,7 +65,10 @@ class ToolNames:
         """The rows that an adapter's module ``path`` means; None for an unknown name, or for a name of several modules."""
         plain = _COMPONENT.sub("", path)
         found = self._own.get(plain.replace(".", "_")) or self._own.get(path.replace(".", "_")) or []
-        found = found or self._other.get(plain.replace(".", "_"), []) or self._by_any_prefix(path)
+        other = self._other.get(plain.replace(".", "_"), [])
+        # one file may hold encoders in both layouts
+        found = found + [r for r in other if _ENCODER_IN_FILE.match(r.paths[0])] if found else other
+        found = found or self._by_any_prefix(path)
         encoder = path.startswith(_OF_ENCODER)
         if encoder or path.startswith(_OF_DENOISER):
             found = [
@@ -119,16 +122,29 @@ class ToolNames:
     @cached_property
     def _other(self) -> dict[str, list[Rows]]:
         """The names in the layout that the model does not have."""
-        here = {_IN_FILE.sub("", path): path for path in self._weights if not _ENCODER_IN_FILE.match(path)}
         found: dict[str, list[Rows]] = {}
-        for pair in pairs_of(here):
-            if pair.original in here:
-                parts = [Rows((here[pair.original],), i, len(pair.parts)) for i in range(len(pair.parts))]
-                named = dict(zip(pair.parts, parts if len(parts) > 1 else [Rows((here[pair.original],))], strict=True))
-            else:
-                named = {pair.original: Rows(tuple(here[part] for part in pair.parts))}
-            for name, rows in named.items():
-                flat = found.setdefault(name.replace(".", "_"), [])
-                if name not in here and rows not in flat:
-                    flat.append(replace(rows, swapped=pair.swapped))
+        parts: dict[str, dict[str, str]] = {}
+        for path in self._weights:
+            start = match[0] if (match := _ENCODER_IN_FILE.match(path)) else ""
+            parts.setdefault(start, {})[_IN_FILE.sub("", path)] = path
+        for here in parts.values():
+            for name, rows in _in_other_layout(here):
+                aliases = (name, name.removeprefix("text_model."))
+                for flat in dict.fromkeys(alias.replace(".", "_") for alias in aliases):
+                    own = found.setdefault(flat, [])
+                    if name not in here and rows not in own:
+                        own.append(rows)
         return found
+
+
+def _in_other_layout(here: Mapping[str, str]) -> Iterator[tuple[str, Rows]]:
+    """``(name in the other layout, its rows)`` of one model's modules ``{name: path in the file}``."""
+    for pair in pairs_of(here):
+        if pair.original in here:
+            path, count = here[pair.original], len(pair.parts)
+            rows = [Rows((path,), i, count) for i in range(count)] if count > 1 else [Rows((path,))]
+            named = dict(zip(pair.parts, rows, strict=True))
+        else:
+            named = {pair.original: Rows(tuple(here[part] for part in pair.parts))}
+        for name, one in named.items():
+            yield name, replace(one, swapped=pair.swapped)

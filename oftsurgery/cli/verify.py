@@ -39,8 +39,8 @@ def add_commands(command: AddCommand) -> None:
 
     text = "find and explain errors in a checkpoint or an adapter"
     doctor = command("doctor", text, "PATH --base BASE", _doctor)
-    doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
-    doctor.add_argument("--base", help="checkpoint that was folded")
+    doctor.add_argument("path", metavar="PATH", help="folder or file of a checkpoint or an adapter")
+    doctor.add_argument("--base", help="checkpoint that was folded, or that the adapter is for")
     doctor.add_argument("--adapter", help="adapter that was folded")
     doctor.add_shared(*READING_FLAGS)
 
@@ -94,7 +94,12 @@ def _verdict(report: oftsurgery.CheckpointReport) -> list[str]:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    found = oftsurgery.doctor(args.path, base=args.base, adapter=adapters_of(args)[0])
+    # flags that say how to read an adapter belong to --adapter, or else to the examined adapter
+    named = argparse.Namespace(**vars(args) | ({} if args.adapter else {"adapter": args.path}))
+    read = adapters_of(named)[0]
+    found = oftsurgery.doctor(
+        args.path if args.adapter else read, base=args.base, adapter=read if args.adapter else None
+    )
     findings = [replace(finding, remedy=_in_own_words(args, finding.remedy)) for finding in found]
     if wants_words(args, [f.to_dict() for f in findings]):
         for finding in findings:
@@ -105,9 +110,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _in_own_words(args: argparse.Namespace, remedy: str) -> str:
     """A remedy of the doctor with the command's own folders in its commands."""
-    from oftsurgery.checks.findings import FOLD, UNFOLD
+    from oftsurgery.checks.findings import CONVERT, FOLD, UNFOLD
 
-    own = {"BASE": args.base, "ADAPTER": args.adapter, "FOLDED": args.path}
-    for command in (FOLD, UNFOLD):
+    own = {"BASE": args.base, "ADAPTER": args.adapter or args.path, "FOLDED": args.path}
+    for command in (FOLD, UNFOLD, CONVERT):
         remedy = remedy.replace(command, shlex.join(own.get(word) or word for word in command.split()))
     return remedy

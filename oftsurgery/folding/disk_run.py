@@ -195,7 +195,9 @@ class _Run:
     def shard(self, shard: Shard, staging: Staging) -> None:
         jobs = [self.plan.jobs[i] for i in shard.items]
         finished = staging.finished(shard.file)
-        if self.plan.undo is not None and self.written is None and staging.finished(_undo_part(shard)) is None:
+        lost = self.plan.undo is not None and self.written is None and staging.finished(_undo_part(shard)) is None
+        if finished is not None and lost:  # the shard's part of the undo record
+            staging.drop(shard.file)
             finished = None
         if finished is not None:
             self.modules |= {path: ModuleRecord.from_dict(m) for path, m in finished.get("modules", {}).items()}

@@ -7,10 +7,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oftsurgery.errors import UndoError
 from oftsurgery.files.carried import never_copied
 from oftsurgery.files.pipeline import Pipeline
 from oftsurgery.files.staging import Below, Staging, check_apart
@@ -20,6 +22,8 @@ from oftsurgery.records.record import FoldRecord, joined
 from .disk_plan import CheckpointPlan
 from .disk_run import check_destination, fingerprint, write_plan
 from .folder_writer import warn_of_lost
+from .undo_reader import open_undos
+from .undo_writer import join_undos
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,8 @@ def run_pipeline(
     records: dict[str, FoldRecord] = {}
     before = 0
     with Staging(destination, key, needed=needed, resume=resume, force=force) as staging:
-        for name, model in plan.models.items():
+        models, undo, parts = _with_own_undos(plan.models, staging)
+        for name, model in models.items():
             record = write_plan(
                 model,
                 Below(staging, name),
@@ -91,11 +96,39 @@ def run_pipeline(
             before += sum(job.nbytes for job in model.jobs)
             if record is not None:
                 records[name] = record
+            if name in parts:
+                staging.finish(parts[name].name, {})
+        if undo is not None:
+            staging.settle()
+            join_undos(undo, parts, force=force or (resume and _is_of(undo, records)))
+            for part in parts.values():
+                staging.drop(part.name)
         warn_of_lost(plan.source.lost)
         for name, path in carried.items():
             staging.copy(path, name)
         staging.publish()
     return joined(records) if records else None
+
+
+def _with_own_undos(
+    models: Mapping[str, CheckpointPlan], staging: Staging
+) -> tuple[Mapping[str, CheckpointPlan], Path | None, dict[str, Path]]:
+    """``(plans, the pipeline's undo record, {component: file of its own record})``: where several models have an undo record, each
+    writes its own in the unfinished output, and these are joined at the end.
+    """
+    undo = next((model.undo for model in models.values() if model.undo is not None), None)
+    if undo is None or len(models) == 1:
+        return models, None, {}
+    parts = {name: staging.folder / f"undo-{name}" for name in models}
+    return {name: replace(model, undo=parts[name]) for name, model in models.items()}, undo, parts
+
+
+def _is_of(undo: Path, records: Mapping[str, FoldRecord]) -> bool:
+    """Whether the file is the undo record of these folds: of a run that was killed after it had written the record."""
+    with suppress(UndoError):
+        found = open_undos(undo)
+        return found.keys() == records.keys() and all(found[name].is_of(fold) for name, fold in records.items())
+    return False
 
 
 def _shifted(progress: Progress, before: int, total: int, component: str) -> Progress:

@@ -27,7 +27,11 @@ from oftsurgery.weights import undo
 from oftsurgery.weights.undo_streams import damaged
 
 FORMAT = "oftsurgery-undo"
+#: the format of a record of several models of a pipeline
+OF_PIPELINE = "oftsurgery-undo-pipeline"
 VERSION = 1
+#: the parts of one model in the file
+PARTS = ("data", "manifest")
 
 _MAX_MANIFEST = 256 << 20
 
@@ -179,8 +183,27 @@ def _bytes_at(path: Path, start: int, nbytes: int) -> bytes:
         return file.read(nbytes)
 
 
-def open_undo(path: Path) -> UndoRecord:
-    """Read an undo record's manifest.
+def open_undo(path: Path, fold: FoldRecord | None = None) -> UndoRecord:
+    """Read the manifest of one model's undo record.
+
+    Args:
+        fold: the model's last fold, which chooses among the models of a pipeline's record.
+
+    Raises:
+        UndoError: the file is no undo record, is damaged or of a newer version, or is a pipeline's record without this model.
+    """
+    found = open_undos(path)
+    own = [record for name, record in found.items() if not name or (fold is not None and record.is_of(fold))]
+    if own:
+        return own[0]
+    message = f"the undo record is of a fold of {len(found)} models of a pipeline: {', '.join(map(printable, found))}"
+    raise UndoError(
+        message, path=path, remedy="give the pipeline, or the folder of one of these models as it was folded"
+    )
+
+
+def open_undos(path: Path) -> Mapping[str, UndoRecord]:
+    """Read the manifests of an undo record: ``{component: its record}`` of a pipeline, ``{"": record}`` of one model.
 
     Raises:
         UndoError: the file is no undo record, or is damaged or of a newer version.
@@ -191,7 +214,8 @@ def open_undo(path: Path) -> UndoRecord:
         entries, metadata = read_header(path)
     except (CheckpointError, ValueError) as error:
         raise _no_record("the file is no undo record, or is truncated or damaged", path) from error
-    if metadata.get("format") != FORMAT:
+    kind = metadata.get("format")
+    if kind not in (FORMAT, OF_PIPELINE):
         raise _no_record("the file is safetensors, but no undo record", path)
     if metadata.get("version") != str(VERSION):
         message = (
@@ -199,10 +223,24 @@ def open_undo(path: Path) -> UndoRecord:
         )
         raise UndoError(message, path=path, remedy="use the oftsurgery that wrote the record, or a newer release")
     found = {e.name: e for e in entries}
-    if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
+    names = [""] if kind == FORMAT else [n.removesuffix("/data") for n in found if "/data" in n]
+    if {place_of(name, part) for name in names for part in PARTS} != set(found) or not names:
         raise damaged(path)
-    packed = _bytes_at(path, found["manifest"].start, found["manifest"].nbytes)
-    if hash_bytes(packed) != metadata.get("manifest"):
+    if any(e.dtype != "U8" for e in entries):
+        raise damaged(path)
+    return MappingProxyType({name: _opened(path, name, found, metadata) for name in names})
+
+
+def place_of(model: str, part: str) -> str:
+    """The name of a part of the file, a tensor or a hash in the metadata; ``model`` is empty in a record of one model."""
+    return f"{model}/{part}" if model else part
+
+
+def _opened(path: Path, name: str, found: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> UndoRecord:
+    """The record of one model in the file."""
+    manifest, identity = found[place_of(name, "manifest")], metadata.get(place_of(name, "manifest"), "")
+    packed = _bytes_at(path, manifest.start, manifest.nbytes)
+    if hash_bytes(packed) != identity:
         raise damaged(path)
     try:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=256 << 20)
@@ -218,7 +256,8 @@ def open_undo(path: Path) -> UndoRecord:
             raise damaged(path)
     except (lzma.LZMAError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path) from error
-    return UndoRecord(path, fold, weights, tensors, ties, tie, config, metadata["manifest"], tables, found["data"])
+    data = found[place_of(name, "data")]
+    return UndoRecord(path, fold, weights, tensors, ties, tie, config, identity, tables, data)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

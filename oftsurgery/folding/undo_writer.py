@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import StateError
+from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import header_bytes
 from oftsurgery.files.writing import Replacement, disk_errors, folders_above, missing_above, to_disk
 from oftsurgery.formats.encoded_weight import EncodedWeight
@@ -26,7 +27,7 @@ from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights import undo
 from oftsurgery.weights.undo_streams import bytes_of
 
-from .undo_reader import FORMAT, VERSION
+from .undo_reader import FORMAT, OF_PIPELINE, PARTS, VERSION, place_of
 
 _ROOM = 504  # bytes for the header (metadata and two tensors), which is written last
 
@@ -176,6 +177,36 @@ class UndoWriter(UndoCollector):
             self._file.close()
         check_place(self._new.path, force=self._force)
         self._new.put()
+
+
+def join_undos(path: Path, records: Mapping[str, Path], *, force: bool) -> None:
+    """Write the undo record of a pipeline from those of its models, ``{component: file}``."""
+    check_place(path, force=force)
+    held = {name: read_header(file) for name, file in records.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": OF_PIPELINE, "version": str(VERSION)}}
+    end, copied = 0, []
+    for name, (entries, metadata) in held.items():
+        header["__metadata__"][place_of(name, "manifest")] = metadata["manifest"]
+        for entry in sorted(entries, key=lambda e: PARTS.index(e.name)):
+            offsets = [end, end + entry.nbytes]
+            header[place_of(name, entry.name)] = {"dtype": "U8", "shape": [entry.nbytes], "data_offsets": offsets}
+            copied.append((records[name], entry))
+            end = offsets[1]
+    room = -(-len(json.dumps(header)) // 8) * 8
+    with folders_above(path), Replacement(path, "oftsurgery") as new:
+        with disk_errors(new.beside), new.beside.open("wb") as file:
+            file.write(header_bytes(header, room))
+            for source, entry in copied:
+                with source.open("rb") as part:
+                    part.seek(entry.start)
+                    left = entry.nbytes
+                    while left:
+                        chunk = part.read(min(left, 1 << 23))
+                        file.write(chunk)
+                        left -= len(chunk)
+            to_disk(file)
+        check_place(path, force=force)
+        new.put()
 
 
 def tensor_as_json(tensor: Tensor | None) -> dict[str, Any] | None:

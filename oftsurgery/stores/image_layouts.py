@@ -10,6 +10,7 @@ U-Nets          ``input_blocks.4.1.proj_in`` ↔ ``down_blocks.1.attentions.0.pr
 Flux            ``double_blocks.0.img_attn.qkv`` ↔ ``transformer_blocks.0.attn.to_q | to_k | to_v``
 SD3             ``joint_blocks.0.x_block.attn.qkv`` ↔ ``transformer_blocks.0.attn.to_q | to_k | to_v``
 Qwen-Image      the names are the same
+OpenCLIP        ``transformer.resblocks.0.attn.in_proj`` ↔ ``text_model.encoder.layers.0.self_attn.q_proj | k_proj | v_proj`` (transformers)
 =============== =================================================================================================
 """
 
@@ -101,6 +102,18 @@ _SD3: Mapping[str, tuple[str, ...]] = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+_OPEN, _CLIP = "transformer.resblocks.{i}", "text_model.encoder.layers.{i}"
+#: OpenCLIP's text encoders → transformers' CLIP; `text_projection`, which OpenCLIP holds transposed, is no module there
+_OPEN_CLIP: Mapping[str, tuple[str, ...]] = {
+    f"{_OPEN}.attn.in_proj": _projections(f"{_CLIP}.self_attn", "q_proj", "k_proj", "v_proj"),
+    f"{_OPEN}.attn.out_proj": (f"{_CLIP}.self_attn.out_proj",),
+    f"{_OPEN}.mlp.c_fc": (f"{_CLIP}.mlp.fc1",),
+    f"{_OPEN}.mlp.c_proj": (f"{_CLIP}.mlp.fc2",),
+    f"{_OPEN}.ln_1": (f"{_CLIP}.layer_norm1",),
+    f"{_OPEN}.ln_2": (f"{_CLIP}.layer_norm2",),
+    "token_embedding": ("text_model.embeddings.token_embedding",),
+    "ln_final": ("text_model.final_layer_norm",),
+}
 #: the halves (shift, scale) of this module are (scale, shift) in diffusers
 _SWAPPED = "final_layer.adaLN_modulation.1"
 
@@ -113,6 +126,7 @@ def pairs_of(modules: Iterable[str]) -> tuple[Pair, ...]:
     tables = [_FLUX] * ("pos_embed.proj" not in there) + [_SD3] * (
         not any(name.startswith("single_transformer_blocks.") for name in there)
     )
+    tables += [_OPEN_CLIP] * any(name.startswith(("transformer.resblocks.", "text_model.")) for name in there)
     found = [pair for table in tables for pair in _from_table(table, there)]
     return tuple(dict.fromkeys([*found, *_of_unet(there)]))
 
@@ -122,7 +136,9 @@ def pairs_of(modules: Iterable[str]) -> tuple[Pair, ...]:
 
 def _from_table(table: Mapping[str, Sequence[str]], there: Collection[str]) -> Iterator[Pair]:
     """The pairs of one family: by the names of the original layout, or by those of diffusers."""
-    blocks = sorted({int(number) for name in there for number in re.findall(r"(?<=blocks\.)\d{1,4}(?=\.)", name)})
+    blocks = sorted(
+        {int(number) for name in there for number in re.findall(r"(?:blocks|layers)\.(\d{1,4})(?=\.)", name)}
+    )
     for original, parts in table.items():
         for number in blocks if "{i}" in original else [0]:
             name, own = original.format(i=number), tuple(part.format(i=number) for part in parts)

@@ -68,6 +68,8 @@ class ImageNames:
                 if part not in own:
                     meaning = Meaning((pair.original,), i if fused else None, pair.parts if fused else (), pair.swapped)
                     other.setdefault(part, meaning)
+                    if part.startswith("text_model."):
+                        other.setdefault(part.removeprefix("text_model."), meaning)
         return own, other
 
     @cached_property
@@ -110,6 +112,10 @@ class ImageNames:
         path, _, leaf = name.rpartition(".")
         meaning = self._meaning(path, layout, "")
         return None if meaning is None or meaning.whole is None else f"{meaning.whole}.{leaf}"
+
+    def has(self, path: str) -> bool:
+        """Whether a module's path in an adapter means something in the model, in either layout."""
+        return any(self._meaning(path, i, "") is not None for i in range(len(self.layouts)))
 
     def _meaning(self, path: str, layout: int, prefix: str) -> Meaning | None:
         for name in self._without_prefix(path.removeprefix(prefix)):

@@ -24,7 +24,7 @@ from . import image_models
 from .conversion import Unit, unit_of
 from .layouts import Layout, find_names, image_layouts, layouts_of
 from .modules import modules_of
-from .single_file import single_file_layouts
+from .single_file import as_of_module, single_file_layouts
 from .skeleton import skeleton
 from .ties import Ties, ties_of
 
@@ -107,9 +107,10 @@ def architecture_of(
     model = skeleton(config, dtype, len(shapes))
     if model is None:
         ends = _CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
-        weights = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
+        renamed = {name: name if "model_type" in config else as_of_module(name) for name in shapes}
+        weights = [name.removesuffix(".weight") for name in renamed.values() if name.endswith(".weight")]
         return Architecture(
-            {name: name for name in shapes},
+            renamed,
             transposed=frozenset(n for n in shapes if n.endswith(ends)),
             layouts=(
                 str,

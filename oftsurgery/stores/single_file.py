@@ -1,6 +1,6 @@
 """Checkpoints of image models in a single file: which part of the file holds which model, and what an adapter's names mean there.
 
-The names in the file are the names of the model; nothing is renamed. A part is known by the beginning of its names.
+The names in the file are the names of the model; only OpenCLIP's fused projections get names of modules. A part is known by the beginning of its names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ _ENCODER = re.compile(
 )
 _VAE = re.compile(r"(first_stage_model|vae)\.")
 _NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
+
+
+#: the fused projections of OpenCLIP's encoders, which are parameters of an attention and no modules
+_FUSED = re.compile(r"(resblocks\.\d+\.attn\.in_proj)_(weight|bias)$")
+
+
+def as_of_module(name: str) -> str:
+    """A tensor's name in the file, with the fused projections of OpenCLIP named as if a module held them.
+
+    >>> as_of_module("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight")
+    'cond_stage_model.model.transformer.resblocks.0.attn.in_proj.weight'
+    """
+    return _FUSED.sub(r"\1.\2", name)
 
 
 class SingleFileNames:
@@ -55,8 +68,13 @@ class SingleFileNames:
         Raises:
             MatchError: several parts of the file have the module.
         """
-        there = {b: b + own for b, names in self._parts_for(name) if (own := names.find(name, layout)) is not None}
-        return name if not there else _chosen(name, there)
+        path = name.rpartition(".")[0]
+        there = {beginning: names for beginning, names in self._parts_for(name) if names.has(path)}
+        if not there:
+            return name
+        beginning, names = _chosen(name, {b: (b, names) for b, names in there.items()})
+        own = names.find(name, layout)
+        return name if own is None else beginning + own
 
     def meanings(self, paths: Iterable[str]) -> dict[str, Meaning]:
         """As :meth:`~oftsurgery.stores.image_names.ImageNames.meanings`."""

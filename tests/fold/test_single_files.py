@@ -10,8 +10,10 @@ from typing import Any
 import bitsandbytes.functional as bnbf
 import pytest
 import torch
+import transformers
+from diffusers.loaders import single_file_utils
 from image_models import adapted, build
-from independent import make_case, seeded
+from independent import make_case, relative, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -115,6 +117,128 @@ def test_encoders_of_one_kind_are_told_apart_by_their_number(tmp_path: Path) -> 
         oftsurgery.fold_checkpoint(
             source, rows("text_model.encoder.layers.0.mlp.fc1"), tmp_path / "x.safetensors", trained_on="plain"
         )
+
+
+OPEN_CLIP = "conditioner.embedders.1.model."
+
+
+def sdxl_like(layers: int = 2) -> tuple[dict[str, Tensor], Any]:
+    """A file's tensors with a CLIP encoder in transformers' names, and another one in OpenCLIP's; and the second as a model."""
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(
+        **sizes, num_hidden_layers=layers, max_position_embeddings=16, projection_dim=64
+    )
+    torch.manual_seed(7)
+    model = transformers.CLIPTextModelWithProjection(config).eval()
+    width, tensors = 64, {"model.diffusion_model.input_blocks.0.0.weight": torch.randn(4, 4, 3, 3)}
+    for i in range(layers):
+        block = f"{OPEN_CLIP}transformer.resblocks.{i}"
+        for leaf, ends in (("weight", (3 * width, width)), ("bias", (3 * width,))):
+            tensors[f"{block}.attn.in_proj_{leaf}"] = torch.randn(ends, generator=seeded(f"{i}{leaf}")) / 8
+        for name, shape in (("attn.out_proj", (64, 64)), ("mlp.c_fc", (128, 64)), ("mlp.c_proj", (64, 128))):
+            tensors[f"{block}.{name}.weight"] = torch.randn(shape, generator=seeded(f"{i}{name}")) / 8
+            tensors[f"{block}.{name}.bias"] = torch.randn(shape[0], generator=seeded(f"{i}{name}b")) / 8
+        for name in ("ln_1", "ln_2"):
+            tensors |= {f"{block}.{name}.weight": torch.ones(64), f"{block}.{name}.bias": torch.zeros(64)}
+    tensors |= {
+        f"{OPEN_CLIP}token_embedding.weight": torch.randn(99, 64),
+        f"{OPEN_CLIP}ln_final.weight": torch.ones(64),
+    }
+    tensors |= {f"{OPEN_CLIP}ln_final.bias": torch.zeros(64), f"{OPEN_CLIP}text_projection": torch.randn(64, 64)}
+    tensors |= {f"{OPEN_CLIP}positional_embedding": torch.randn(16, 64), f"{OPEN_CLIP}logit_scale": torch.tensor(1.0)}
+    first = "conditioner.embedders.0.transformer."
+    tensors |= {first + n: t.contiguous() for n, t in text_state(layers).items()}
+    return tensors, model
+
+
+def text_state(layers: int) -> dict[str, Tensor]:
+    """The first encoder, with as many layers and other widths."""
+    found: dict[str, Tensor] = {}
+    for i in range(layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            found[f"text_model.encoder.layers.{i}.self_attn.{name}.weight"] = torch.randn(32, 32) / 6
+            found[f"text_model.encoder.layers.{i}.self_attn.{name}.bias"] = torch.randn(32) / 6
+    return found
+
+
+def loaded_by_diffusers(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors of the second encoder as diffusers' own loading of single files converts them."""
+    given = {n: t for n, t in tensors.items() if n.startswith(OPEN_CLIP)}
+    found: dict[str, Tensor] = single_file_utils.convert_open_clip_checkpoint(model, given, prefix=OPEN_CLIP)
+    return found
+
+
+def style_for(numbers: tuple[int, ...], width: int, prefix: str = "text_model_", **more: Tensor) -> dict[str, Tensor]:
+    """LyCORIS' keys for projections of encoders, as sd-scripts names the encoders."""
+    tensors = dict(more)
+    for number in numbers:
+        for end, rows in (("self_attn_q_proj", width), ("self_attn_v_proj", width), ("self_attn_out_proj", width)):
+            key = f"lora_te{number}_{prefix}encoder_layers_1_{end}"
+            tensors[f"{key}.oft_blocks"] = torch.randn(rows // 8, 8, 8, generator=seeded(key)) * 0.1
+            tensors[f"{key}.alpha"] = torch.tensor(0.0)
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["text_model_", ""])
+def test_an_open_clip_encoder_in_the_file(prefix: str, tmp_path: Path) -> None:
+    """The names of transformers mean rows of OpenCLIP's fused projections: as the same adapter on the encoder that diffusers loads."""
+    tensors, model = sdxl_like()
+    source, out, undo = tmp_path / "sdxl.safetensors", tmp_path / "out.safetensors", tmp_path / "fold.undo"
+    save_file(tensors, source, METADATA)
+    style = tmp_path / "style.safetensors"
+    save_file(style_for((2,), 64, prefix), style, {"ss_network_module": "lycoris.kohya"})
+    record = quietly(oftsurgery.fold_checkpoint, source, style, out, trained_on="plain", undo=undo)
+    block = f"{OPEN_CLIP}transformer.resblocks.1"
+    assert record.modules.keys() == {f"{block}.attn.in_proj", f"{block}.attn.out_proj"}
+    after = load_file(out)
+    assert list(after) == list(load_file(source))
+    changed = {f"{block}.attn.in_proj_weight", f"{block}.attn.out_proj.weight"}
+    assert {n for n in after if not torch.equal(after[n], tensors[n])} == changed
+    quietly(model.load_state_dict, loaded_by_diffusers(tensors, model), strict=False)
+    expected = quietly(oftsurgery.fold, model, style).state_dict()
+    got = loaded_by_diffusers(after, model)
+    assert all(
+        torch.equal(t, expected[n.replace("text_model.", "", 1) if n not in expected else n]) for n, t in got.items()
+    )
+    report = quietly(oftsurgery.verify_checkpoint, out, source, style)
+    assert report.ok, report.wrong
+    assert report.looked_at == {"rotated": 2, "copied": len(tensors) - 2}
+    assert oftsurgery.doctor(out) == []
+    for way, given in (("base", source), ("undo", undo)):
+        quietly(oftsurgery.unfold_checkpoint, out, back := tmp_path / f"{way}.safetensors", **{way: given})
+        assert back.read_bytes() == source.read_bytes()
+    # a changed key is seen
+    after[f"{block}.attn.in_proj_weight"][70] *= 1.01  # rows of k, which the adapter leaves
+    save_file(after, out, METADATA)
+    assert not quietly(oftsurgery.verify_checkpoint, out, source, style).ok
+
+
+def test_two_encoders_in_two_layouts(tmp_path: Path) -> None:
+    """The number in the names tells which encoder is meant, and the turned biases follow the rows."""
+    tensors, _ = sdxl_like()
+    source, out = tmp_path / "sdxl.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    style = tmp_path / "style.safetensors"
+    both = style_for((1,), 32) | style_for((2,), 64)
+    save_file(both, style, {"ss_network_module": "lycoris.kohya"})
+    adapter = oftsurgery.load_adapter(style, bias="rotated")
+    record = quietly(oftsurgery.fold_checkpoint, source, adapter, out, trained_on="plain")
+    assert len(record.modules) == 5
+    assert quietly(oftsurgery.verify_checkpoint, out, source, adapter).ok
+    after, block = load_file(out), f"{OPEN_CLIP}transformer.resblocks.1.attn"
+    bias, before = after[f"{block}.in_proj_bias"], tensors[f"{block}.in_proj_bias"]
+    assert torch.equal(bias[64:128], before[64:128])
+    b = both["lora_te2_text_model_encoder_layers_1_self_attn_q_proj.oft_blocks"].double()
+    q, eye = b - b.mT, torch.eye(8, dtype=torch.float64)
+    turned = torch.linalg.solve(eye + q, eye - q, left=False) @ before[:64].double().reshape(8, 8, 1)
+    assert relative(bias[:64], turned.reshape(64)) < 1e-6
+    projection = {
+        "lora_te2_text_projection.oft_blocks": torch.zeros(8, 8, 8),
+        "lora_te2_text_projection.alpha": torch.tensor(0.0),
+    }
+    save_file(style_for((2,), 64, **projection), style, {"ss_network_module": "lycoris.kohya"})
+    with pytest.raises(oftsurgery.MatchError, match="lora_te2_text_projection"):
+        oftsurgery.fold_checkpoint(source, style, tmp_path / "x.safetensors", trained_on="plain")
 
 
 def nf4_of(name: str, weight: Tensor) -> dict[str, Tensor]:

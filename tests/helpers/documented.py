@@ -52,7 +52,7 @@ def make_folders(place: Path) -> Path:
 
 
 def link_folders(folders: Path, into: Path) -> None:
-    for path in (*folders.iterdir(), ROOT / "tools"):
+    for path in (*folders.iterdir(), ROOT / "tools", ROOT / "tests" / "data" / "image"):
         (into / path.name).symlink_to(path)
 
 

@@ -1,0 +1,192 @@
+"""doctor() on image tools' adapters: its numbers are those of what the loaders themselves computed, and of what they leave out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from image_goldens import GOLDENS, IMAGE, Golden, model_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import oftsurgery
+from oftsurgery.adapters.image_keys import has_image_keys
+from oftsurgery.cli.main import main
+
+LOADED = [g for g in GOLDENS if g.always]
+NAMES = {"comfyui-2025": "comfyui", "webui": "webui", "comfyui-oftv2": "oftv2-node"}
+
+
+def code_of(golden: Golden) -> str:
+    return next(code for start, code in NAMES.items() if golden.folder.startswith(start))
+
+
+def as_comfyui_takes_it(golden: Golden, folder: Path) -> oftsurgery.OFTAdapter:
+    """The golden's adapter, for ComfyUI under the names that it loads: the golden's key map was forced."""
+    if "kohya" not in golden.trainer or code_of(golden) != "comfyui":
+        return golden.adapter()
+    tensors = load_file(IMAGE / golden.trainer / "adapter.safetensors")
+    save_file({k.replace("oft_unet_", "lora_unet_"): t for k, t in tensors.items()}, folder / "adapter.safetensors")
+    return oftsurgery.load_adapter(folder / "adapter.safetensors", dialect="kohya")
+
+
+def distances(loaded: dict[str, Tensor], right: dict[str, Tensor], base: dict[str, Tensor]) -> tuple[float, float]:
+    """``(of the change, of the weights)``."""
+    off = change = whole = 0.0
+    for name in (name for name in right if name.endswith(".weight")):
+        off += float((loaded[name].double() - right[name].double()).square().sum())
+        change += float((right[name].double() - base[name].double()).square().sum())
+        whole += float(right[name].double().square().sum())
+    return (off / change) ** 0.5, (off / whole) ** 0.5
+
+
+@pytest.mark.parametrize("golden", LOADED, ids=lambda g: g.folder)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_numbers_are_those_of_the_loader(golden: Golden, strength: float, tmp_path: Path) -> None:
+    right = Golden(golden.trainer, golden.base).effective(strength)
+    loaded, base = golden.effective(strength), golden.base_tensors()
+    if right is None or loaded is None:
+        pytest.skip("the tool knows no strength")
+    of_change, of_weights = distances(loaded, right, base)
+    code = ("other-in-" if strength == 1 else "strength-in-") + code_of(golden)
+    found = oftsurgery.doctor(as_comfyui_takes_it(golden, tmp_path), base=model_of(base))
+    (finding,) = [f for f in found if f.code == code] or [None]
+    if of_weights < 1e-5 or (strength != 1 and of_change > 1e3):  # a trainer that changes nothing has no strength
+        assert finding is None or of_weights > 1e-5
+        return
+    assert finding is not None
+    assert finding.severity == ("warning" if strength == 1 else "note")
+    assert finding.evidence["of_the_weights"] == pytest.approx(of_weights, rel=1e-4)
+    if of_change < 1e3:
+        assert finding.evidence["of_the_change"] == pytest.approx(of_change, rel=1e-4)
+        assert f"{of_change:.1%} off" in finding.message
+    else:
+        assert "of_the_change" not in finding.evidence
+        assert "where the trainer's layers compute the base" in finding.message
+
+
+def test_without_a_base_the_maps_are_compared() -> None:
+    """Weights without a preferred direction, which the goldens' bases are, are off by nearly the same."""
+    for golden in (g for g in LOADED if "rescaled" in g.folder or "constraint" in g.folder):
+        adapter = golden.adapter()
+        both = [oftsurgery.doctor(adapter, base=b) for b in (None, model_of(golden.base_tensors()))]
+        assert [f.code for f in both[0]] == [f.code for f in both[1]]
+        for alone, with_base in zip(*both, strict=True):
+            assert alone.evidence["of_the_change"] == pytest.approx(with_base.evidence["of_the_change"], rel=0.05)
+
+
+def test_each_mistake_alone(tmp_path: Path) -> None:
+    """A limit and a scale in one adapter: the share of each, and of both together."""
+    torch.manual_seed(0)
+    blocks, scale = torch.randn(4, 8, 8), 1 + 0.2 * torch.randn(32, 1)
+    tensors = {"lora_unet_a.oft_blocks": blocks, "lora_unet_a.alpha": torch.tensor(0.1), "lora_unet_a.rescale": scale}
+    save_file(tensors, tmp_path / "both.safetensors")
+    (finding, *_) = oftsurgery.doctor(tmp_path / "both.safetensors")
+    q = blocks.double() - blocks.double().mT
+    eye, norm = torch.eye(8, dtype=torch.float64), q.norm()
+
+    def turned(limit: float) -> Tensor:
+        own = q * (limit / norm)
+        return torch.linalg.solve(eye + own, eye - own, left=False)
+
+    g, one = scale.double().reshape(4, 8, 1), eye.expand(4, 8, 8)
+    right = g * turned(3.2)
+    expected = {
+        "of_the_change": turned(0.1) - right,
+        "off_by_limit": g * turned(0.1) - right,
+        "off_by_rescale": turned(3.2) - right,
+    }
+    for name, off in expected.items():
+        assert finding.evidence[name] == pytest.approx(float(off.norm() / (right - one).norm()), rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("file", "dropped"),
+    [
+        ("kohya-sd-scripts-0.9.0/dim8_alpha0.02", {"comfyui": "oft_unet_"}),
+        ("kohya-sd-scripts-flux-0.9.0/", {"comfyui": "oft_blocks.<i>", "webui": "oft_blocks.<i>"}),
+        ("lycoris-2.0.2/diag-oft_rescaled", {"comfyui": "oft_diag"}),
+        ("onetrainer-2026-08/block8_scaled", {"comfyui": "oft_R", "webui": "oft_R"}),
+    ],
+)
+def test_what_a_loader_drops(file: str, dropped: dict[str, str]) -> None:
+    path = next((IMAGE / file.split("/")[0]).glob(f"{file.split('/')[1]}*/adapter.safetensors"))
+    found = {f.code: f for f in oftsurgery.doctor(path) if f.severity == "warning"}
+    assert found.keys() == {f"other-in-{loader}" for loader in dropped}
+    for loader, key in dropped.items():
+        finding = found[f"other-in-{loader}"]
+        assert key in finding.message
+        assert "loads none" in finding.message
+        assert finding.evidence["not_loaded"] == finding.evidence["modules"]
+
+
+def test_boft_without_alpha_is_not_applied_by_comfyui(tmp_path: Path) -> None:
+    tensors = load_file(IMAGE / "lycoris-4.1.3/boft_constraint/adapter.safetensors")
+    file = tmp_path / "old.safetensors"
+    save_file({k: t for k, t in tensors.items() if not k.endswith(".alpha")}, file)
+    (refused,) = oftsurgery.doctor(file)
+    assert (refused.code, refused.severity) == ("dialect", "error")
+    for constraint in (0, 0.01):
+        found = {f.code: f for f in oftsurgery.doctor(oftsurgery.load_adapter(file, constraint=constraint))}
+        assert "BOFT without alpha" in found["other-in-comfyui"].message
+    assert "does not hold the limit" in found["other-in-webui"].message
+    assert found["other-in-webui"].evidence["off_by_limit"] == found["other-in-webui"].evidence["of_the_change"]
+
+
+def test_a_part_that_is_dropped_counts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {f"{p}_a{i}.oft_blocks": torch.randn(2, 4, 4) for i, p in enumerate(("lora_unet", "oft_unet"))}
+    tensors |= {f"{name.removesuffix('.oft_blocks')}.alpha": torch.tensor(1e3) for name in tensors}
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    adapter = oftsurgery.load_adapter(tmp_path / "mixed.safetensors", dialect="kohya")
+    finding = next(f for f in oftsurgery.doctor(adapter) if f.code == "other-in-comfyui")
+    assert finding.evidence["not_loaded"] == 1
+    assert finding.evidence["of_the_change"] == pytest.approx(0.7, abs=0.1)
+
+
+def test_the_base_is_looked_at(tmp_path: Path) -> None:
+    golden = next(g for g in LOADED if "diag-oft_rescaled" in g.folder and code_of(g) == "comfyui")
+    save_file({"other.weight": torch.zeros(4, 4)}, tmp_path / "other.safetensors")
+    found = oftsurgery.doctor(IMAGE / golden.trainer / "adapter.safetensors", base=tmp_path / "other.safetensors")
+    assert [f.code for f in found] == ["no-match"]
+    save_file(golden.base_tensors(), tmp_path / "base.safetensors")
+    found = oftsurgery.doctor(IMAGE / golden.trainer / "adapter.safetensors", base=tmp_path / "base.safetensors")
+    right, loaded = Golden(golden.trainer, golden.base).effective(1), golden.effective(1)
+    assert right is not None
+    assert loaded is not None
+    exact = distances(loaded, right, golden.base_tensors())[0]
+    assert found[0].evidence["of_the_change"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(IMAGE / "lycoris-4.1.3/diag-oft_constraint/adapter.safetensors")
+    assert main(["doctor", file, "--json"]) == 0
+    (first, *_) = json.loads(capsys.readouterr().out)
+    assert (first["code"], first["evidence"]["off_by_limit"] > 0.9) == ("other-in-comfyui", True)
+    assert main(["doctor", file]) == 0
+    shown = capsys.readouterr().out
+    assert "ComfyUI to 2025-10 computes something 97" in shown
+    assert f"adapter convert {file} OUTPUT.safetensors --to comfyui" in shown
+    # the file that the remedy writes is computed rightly at strength 1
+    assert main(["adapter", "convert", file, str(tmp_path / "new.safetensors"), "--to", "comfyui", "--quiet"]) == 0
+    assert {f.severity for f in oftsurgery.doctor(tmp_path / "new.safetensors")} == {"note"}
+    # flags say how to read the examined adapter
+    first_days = str(IMAGE / "onetrainer-2025-11-14/block8/adapter.safetensors")
+    assert main(["doctor", first_days, "--dialect", "onetrainer-2025-11-14"]) == 0
+    assert "first two days" in capsys.readouterr().out
+
+
+def test_damaged_values_are_found(tmp_path: Path) -> None:
+    tensors = load_file(IMAGE / "lycoris-4.1.3/diag-oft_rescaled/adapter.safetensors")
+    name = next(name for name in tensors if name.endswith(".oft_blocks"))
+    tensors[name][0, 0, 1] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    (finding,) = oftsurgery.doctor(tmp_path / "nan.safetensors")
+    assert (finding.code, finding.subject) == ("non-finite", name)
+
+
+def test_which_files_are_adapters() -> None:
+    assert has_image_keys(["a.oft_R.weight"])
+    assert not has_image_keys(["a.alpha", "a.w_norm", "a.weight"])
