@@ -64,6 +64,18 @@ def awq_layer(linear: nn.Linear) -> nn.Module:
     return layer.eval()
 
 
+def autoawq_layer(linear: nn.Linear) -> nn.Module:
+    from packages import awq
+
+    out, inputs = linear.weight.shape
+    tensors, _ = awq(linear.weight.data, group=32, version="gemm")
+    from awq.modules.linear.gemm import WQLinear_GEMM
+
+    layer = WQLinear_GEMM(4, 32, inputs, out, False, "cpu")
+    layer.load_state_dict(tensors)
+    return layer
+
+
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {"hqq": hqq_layer, "gptq": gptq_layer, "awq": awq_layer}
 #: ``{name: config of torchao, with which transformers loads the model}``
 TORCHAO = {"torchao-int8": "Int8WeightOnlyConfig", "torchao-float8": "Float8WeightOnlyConfig"}
@@ -96,7 +108,7 @@ def model_of(name: str, folder: Path) -> Any:
         config = TorchAoConfig(getattr(quantization, TORCHAO[name])())
         return LlamaForCausalLM.from_pretrained(folder, quantization_config=config).eval()
     for path, linear in linears.items():
-        model.set_submodule(path, LAYERS[name](linear))
+        model.set_submodule(path, (LAYERS | {"awq-autoawq": autoawq_layer})[name](linear))
     model.config.quantization_config = {"quant_method": name}
     return model
 
@@ -130,7 +142,7 @@ def test_a_fold_of_peft_s_live_layers_computes_the_same(name: str, inplace: bool
     assert torch.equal(outputs(again), outputs(folded))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "awq-autoawq"])
 def test_an_adapter_from_files_and_four_bits(name: str, tmp_path: Path) -> None:
     model = model_of(name, tmp_path / "plain")
     adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
@@ -204,3 +216,17 @@ def test_memory_disk_and_the_live_model_agree(name: str, tmp_path: Path) -> None
     after = oftsurgery.fold(live, format="bf16")
     oftsurgery.export_safetensors(after, tmp_path / "after")
     assert not differing(tensors(tmp_path / "bf16"), tensors(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("name", ["ct-int4-group", "ct-int3-group", "ct-float8-block"])
+def test_compressed_layers_before_their_first_forward(name: str, tmp_path: Path) -> None:
+    """peft cannot wrap a layer without a weight, so the adapter comes from files."""
+    write(name, tmp_path / "base")
+    adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert package_of(model.model.layers[0].mlp.up_proj) == "compressed-tensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", format="bf16")
+        oftsurgery.export_safetensors(oftsurgery.fold(model, tmp_path / "adapter", format="bf16"), tmp_path / "live")
+    assert not differing(tensors(tmp_path / "disk"), tensors(tmp_path / "live"))
