@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import oftsurgery
 from oftsurgery.stores.package_layers import package_of
@@ -230,3 +231,49 @@ def test_compressed_layers_before_their_first_forward(name: str, tmp_path: Path)
         oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", format="bf16")
         oftsurgery.export_safetensors(oftsurgery.fold(model, tmp_path / "adapter", format="bf16"), tmp_path / "live")
     assert not differing(tensors(tmp_path / "disk"), tensors(tmp_path / "live"))
+
+
+def test_gptq_of_a_class_that_holds_its_weights_turned(tmp_path: Path) -> None:
+    """GPT-2's own layers hold ``(in, out)``, and gptqmodel's layers, which take their places, ``(out, in)``."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 32, "n_inner": 128}
+    torch.manual_seed(0)
+    live: Any = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).eval()
+    held = live.state_dict()
+    for path, module in list(live.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            with torch.no_grad():
+                module.weight.normal_().div_(8)
+            layer = gptq_packed(module)
+            held |= {f"{path}.{n}": getattr(layer, n).clone() for n in ("qweight", "qzeros", "scales", "g_idx")}
+            del held[f"{path}.weight"]
+            layer.optimized = True
+            layer.post_init()
+            live.set_submodule(path, layer.eval())
+    (tmp_path / "base").mkdir()
+    save_file(held, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+    config = live.config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "quantization_config": settings}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    live = adapted(live, ["c_attn", "c_proj"])
+    live.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="fp32")
+        oftsurgery.export_safetensors(oftsurgery.fold(live, format="fp32"), tmp_path / "live")
+    assert not differing(tensors(tmp_path / "out"), tensors(tmp_path / "live"))
+    want = outputs(live)
+    assert (outputs(load(tmp_path / "out", "GPT2LMHeadModel")) - want).norm() < 2e-3 * want.norm()
+    assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok
+
+
+def gptq_packed(conv1d: Any) -> Any:
+    """gptqmodel's layer for one of GPT-2's layers, which gptqmodel itself packs."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    inputs, out = conv1d.weight.shape
+    parts = conv1d.weight.detach().t().reshape(out, -1, 32)
+    scales = parts.abs().amax(-1) * 2 / 15
+    layer = TorchLinear(4, 32, True, False, inputs, out, bias=True, register_buffers=True)
+    index = (torch.arange(inputs) // 32).to(torch.int32)
+    layer.pack_block(copy.deepcopy(conv1d).float(), scales.half().float(), torch.full_like(scales, 8), index)
+    return layer

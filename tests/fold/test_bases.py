@@ -99,6 +99,36 @@ def test_a_weight_is_read_as_its_package_dequantises_it(name: str) -> None:
         assert [str(found[weight].dtype), hashlib.sha256(data).hexdigest()] == [dtype, digest], weight
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_gptq_holds_gpt2_s_weights_turned(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gptqmodel packs ``Conv1D`` as a linear; `tests/bases/live_layers.py` has it do so, and compares the outputs."""
+    config = json.loads((HOME / "gptq-4-gptq" / "config.json").read_text())
+    own: dict[str, Any] = {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 64,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_inner": 128,
+    }
+    own |= {"model_type": "gpt2", "quantization_config": config["quantization_config"]}
+    held = load_file(HOME / "gptq-4-gptq" / "model.safetensors")
+    places = {"self_attn.o_proj": "transformer.h.0.attn.c_proj", "mlp.up_proj": "transformer.h.0.mlp.c_fc"}
+    found = {}
+    for llama, gpt2 in places.items():
+        path = f"model.layers.0.{llama}."
+        found |= {f"{gpt2}.{n.removeprefix(path)}": t for n, t in held.items() if n.startswith(path)}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(own))
+    save_file(found, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    if not known:
+        monkeypatch.setattr("oftsurgery.stores.naming.skeleton", lambda *_: None)
+    source = dequantised(open_checkpoint(tmp_path / "base"))
+    for llama, gpt2 in places.items():
+        want = values("gptq-4-gptq")[f"model.layers.0.{llama}.weight"].t()
+        assert torch.equal(source.read(f"{gpt2}.weight"), want)
+        assert source.entries[f"{gpt2}.weight"].shape == want.shape
+
+
 @pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
 @pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_has_a_scale_for_each_block_of_any_size_under_any_name(
