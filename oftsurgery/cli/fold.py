@@ -86,7 +86,7 @@ def _print_plan(facts: Mapping[str, Any]) -> None:
     print_facts(
         ("base", facts["base"]),
         ("trained on", _trained_on(facts["trained_on"])),
-        ("rotates", f"the {facts['fold_into']} weights"),
+        ("rotates", f"the {facts['fold_into'] if facts['stored_as'] is None else 'dequantised'} weights"),
         ("folds", str(len(facts["folds"]))),
         ("other weights converted", str(facts["converts"])),
         ("tensors copied", str(facts["copies"])),

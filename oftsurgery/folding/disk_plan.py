@@ -127,6 +127,7 @@ class CheckpointPlan:
             "trained_on": None
             if self.trained_on is None
             else {"name": self.trained_on.name, "source": self.trained_on.source},
+            "stored_as": self.source.stored_as,
             "fold_into": self.rotates,
             "rounding": self.rounding,
             "class": self.store.architecture.name,

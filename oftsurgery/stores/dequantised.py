@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from oftsurgery.formats.packages.methods import METHODS, REMEDIES, idle_tensors
 from oftsurgery.formats.packages.stored import SAVE_AGAIN, Source, Stored
 
 from .folder import load_dtype
+from .naming import CONV1D_NAMES, architecture_of
 
 _SETTINGS = ("quantization_config", "compression_config")
 
@@ -104,8 +106,10 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         message = "the checkpoint holds the weight twice, plain and quantised"
         raise FormatError(message, tensor=both, format=printable(method), remedy=SAVE_AGAIN)
     own = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle_tensors(method, entries)}))
     own["config"] = MappingProxyType({k: v for k, v in checkpoint.config.items() if k not in _SETTINGS})
+    if method == "gptq":
+        held = _as_in_class(own["config"], held)
+    own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle_tensors(method, entries)}))
     return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), method=method)
 
 
@@ -130,6 +134,22 @@ def method_of(settings: object) -> str | None:
     if named is None:
         return "compressed-tensors" if "config_groups" in settings else None
     return str(getattr(named, "value", named))
+
+
+def _as_in_class(config: Mapping[str, Any], held: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights as the model's class holds them: GPTQ's layers take the places of ``Conv1D`` too, which holds ``(in, out)``."""
+    found = dict(held)
+    if any(name.endswith(CONV1D_NAMES) for name in held):
+        shapes = {name: stored.shape for name, stored in held.items()}
+        transposed = architecture_of(config, shapes, dtype=torch.float32, skip=None).transposed
+        for name in transposed & held.keys():
+            stored = held[name]
+            found[name] = replace(stored, shape=stored.shape[::-1], decode=partial(_turned, stored))
+    return found
+
+
+def _turned(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
+    return stored.decode(tensors).t()
 
 
 def _metadata(checkpoint: Checkpoint, method: str) -> dict[str, str]:

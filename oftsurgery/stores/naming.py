@@ -30,7 +30,7 @@ from .ties import Ties, ties_of
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
+CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def architecture_of(
     """
     model = skeleton(config, dtype, len(shapes))
     if model is None:
-        ends = _CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
+        ends = CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
         renamed = {name: name if "model_type" in config else as_of_module(name) for name in shapes}
         weights = [name.removesuffix(".weight") for name in renamed.values() if name.endswith(".weight")]
         return Architecture(

@@ -4,7 +4,8 @@ weights that the package's own dequantisation gives take their places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,8 +19,10 @@ from oftsurgery.formats.packages.methods import REMEDIES
 from oftsurgery.formats.packages.stored import Source
 from oftsurgery.other_libraries import is_of
 
-from .modules import distinct
+from .modules import distinct, modules_of
+from .naming import CONV1D_NAMES
 from .new_layers import behave_like
+from .skeleton import skeleton
 
 _ON_DISK = (
     "load the model with the backend 'torch' of its package, or fold the checkpoint on disk: oftsurgery.fold_checkpoint"
@@ -55,19 +58,34 @@ def plain_layers(modules: Mapping[str, nn.Module]) -> dict[int, nn.Module]:
     named = getattr(getattr(modules[""], "config", None), "dtype", None)
     dtype = named if isinstance(named, torch.dtype) else torch.bfloat16
     found = {path: module for path, module in distinct(modules).items() if package_of(module) is not None}
-    return {id(module): _plain(path, module, dtype) for path, module in found.items()}
+    places = {path: path.removesuffix(".base_layer") for path in found}  # peft's live layers hold the base layers
+    turned = _conv1d(modules[""], places.values())
+    return {id(module): _plain(path, module, dtype, conv1d=places[path] in turned) for path, module in found.items()}
 
 
-def _plain(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
+def _conv1d(model: Any, paths: Collection[str]) -> set[str]:
+    """The layers that are ``Conv1D`` in the model's own class."""
+    if not any(f"{path}.weight".endswith(CONV1D_NAMES) for path in paths) or not hasattr(model, "config"):
+        return set()
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    own = skeleton(config, torch.float32, len(paths))
+    return set() if own is None else {p for p, m in modules_of(own).items() if type(m).__name__ == "Conv1D"}
+
+
+def _plain(path: str, module: Any, dtype: torch.dtype, *, conv1d: bool) -> nn.Module:
     with torch.no_grad(), module_in_errors(path):
         weight = _values(module, dtype)
     bias = getattr(module, "bias", None)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    if conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        new, weight = Conv1D(*weight.shape), weight.t().contiguous()
     new.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if isinstance(bias, Tensor):
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
     behave_like(module, new)
-    return new
+    return new  # type: ignore[no-any-return]
 
 
 def _values(module: Any, dtype: torch.dtype) -> Tensor:

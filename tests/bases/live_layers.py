@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import oftsurgery
 from oftsurgery.stores.package_layers import package_of
@@ -64,6 +65,18 @@ def awq_layer(linear: nn.Linear) -> nn.Module:
     return layer.eval()
 
 
+def autoawq_layer(linear: nn.Linear) -> nn.Module:
+    from packages import awq
+
+    out, inputs = linear.weight.shape
+    tensors, _ = awq(linear.weight.data, group=32, version="gemm")
+    from awq.modules.linear.gemm import WQLinear_GEMM
+
+    layer = WQLinear_GEMM(4, 32, inputs, out, False, "cpu")
+    layer.load_state_dict(tensors)
+    return layer
+
+
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {"hqq": hqq_layer, "gptq": gptq_layer, "awq": awq_layer}
 #: ``{name: config of torchao, with which transformers loads the model}``
 TORCHAO = {"torchao-int8": "Int8WeightOnlyConfig", "torchao-float8": "Float8WeightOnlyConfig"}
@@ -96,7 +109,7 @@ def model_of(name: str, folder: Path) -> Any:
         config = TorchAoConfig(getattr(quantization, TORCHAO[name])())
         return LlamaForCausalLM.from_pretrained(folder, quantization_config=config).eval()
     for path, linear in linears.items():
-        model.set_submodule(path, LAYERS[name](linear))
+        model.set_submodule(path, (LAYERS | {"awq-autoawq": autoawq_layer})[name](linear))
     model.config.quantization_config = {"quant_method": name}
     return model
 
@@ -130,7 +143,7 @@ def test_a_fold_of_peft_s_live_layers_computes_the_same(name: str, inplace: bool
     assert torch.equal(outputs(again), outputs(folded))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "awq-autoawq"])
 def test_an_adapter_from_files_and_four_bits(name: str, tmp_path: Path) -> None:
     model = model_of(name, tmp_path / "plain")
     adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
@@ -204,3 +217,63 @@ def test_memory_disk_and_the_live_model_agree(name: str, tmp_path: Path) -> None
     after = oftsurgery.fold(live, format="bf16")
     oftsurgery.export_safetensors(after, tmp_path / "after")
     assert not differing(tensors(tmp_path / "bf16"), tensors(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("name", ["ct-int4-group", "ct-int3-group", "ct-float8-block"])
+def test_compressed_layers_before_their_first_forward(name: str, tmp_path: Path) -> None:
+    """peft cannot wrap a layer without a weight, so the adapter comes from files."""
+    write(name, tmp_path / "base")
+    adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert package_of(model.model.layers[0].mlp.up_proj) == "compressed-tensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", format="bf16")
+        oftsurgery.export_safetensors(oftsurgery.fold(model, tmp_path / "adapter", format="bf16"), tmp_path / "live")
+    assert not differing(tensors(tmp_path / "disk"), tensors(tmp_path / "live"))
+
+
+def test_gptq_of_a_class_that_holds_its_weights_turned(tmp_path: Path) -> None:
+    """GPT-2's own layers hold ``(in, out)``, and gptqmodel's layers, which take their places, ``(out, in)``."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 32, "n_inner": 128}
+    torch.manual_seed(0)
+    live: Any = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).eval()
+    held = live.state_dict()
+    for path, module in list(live.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            with torch.no_grad():
+                module.weight.normal_().div_(8)
+            layer = gptq_packed(module)
+            held |= {f"{path}.{n}": getattr(layer, n).clone() for n in ("qweight", "qzeros", "scales", "g_idx")}
+            del held[f"{path}.weight"]
+            layer.optimized = True
+            layer.post_init()
+            live.set_submodule(path, layer.eval())
+    (tmp_path / "base").mkdir()
+    save_file(held, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+    config = live.config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "quantization_config": settings}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    live = adapted(live, ["c_attn", "c_proj"])
+    live.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="fp32")
+        oftsurgery.export_safetensors(oftsurgery.fold(live, format="fp32"), tmp_path / "live")
+    assert not differing(tensors(tmp_path / "out"), tensors(tmp_path / "live"))
+    want = outputs(live)
+    assert (outputs(load(tmp_path / "out", "GPT2LMHeadModel")) - want).norm() < 2e-3 * want.norm()
+    assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok
+
+
+def gptq_packed(conv1d: Any) -> Any:
+    """gptqmodel's layer for one of GPT-2's layers, which gptqmodel itself packs."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    inputs, out = conv1d.weight.shape
+    parts = conv1d.weight.detach().t().reshape(out, -1, 32)
+    scales = parts.abs().amax(-1) * 2 / 15
+    layer = TorchLinear(4, 32, True, False, inputs, out, bias=True, register_buffers=True)
+    index = (torch.arange(inputs) // 32).to(torch.int32)
+    layer.pack_block(copy.deepcopy(conv1d).float(), scales.half().float(), torch.full_like(scales, 8), index)
+    return layer

@@ -5,17 +5,31 @@ what they dequantise the weights to (``tests/bases/packages.py``).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import warnings
+import weakref
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import adapted, decoded, differing, load, outputs, quiet_fold, rotations_in, stored_as, tensors
-from independent import relative
+from checkpoints import (
+    adapted,
+    decoded,
+    differing,
+    file_bytes,
+    load,
+    outputs,
+    quiet_fold,
+    rotations_in,
+    stored_as,
+    tensors,
+)
+from independent import make_case, relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +40,7 @@ from oftsurgery.cli import main as cli
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.formats.packages.methods import METHODS
 from oftsurgery.formats.packages.stored import Source
-from oftsurgery.stores.dequantised import dequantised
+from oftsurgery.stores.dequantised import DequantisedCheckpoint, dequantised
 
 HOME = Path(__file__).parents[1] / "data" / "bases"
 CASES = sorted(path.name for path in HOME.iterdir())
@@ -83,6 +97,36 @@ def test_a_weight_is_read_as_its_package_dequantises_it(name: str) -> None:
     for weight, (dtype, digest) in said.items():
         data = found[weight].view(torch.uint8).numpy().tobytes()
         assert [str(found[weight].dtype), hashlib.sha256(data).hexdigest()] == [dtype, digest], weight
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_gptq_holds_gpt2_s_weights_turned(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gptqmodel packs ``Conv1D`` as a linear; `tests/bases/live_layers.py` has it do so, and compares the outputs."""
+    config = json.loads((HOME / "gptq-4-gptq" / "config.json").read_text())
+    own: dict[str, Any] = {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 64,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_inner": 128,
+    }
+    own |= {"model_type": "gpt2", "quantization_config": config["quantization_config"]}
+    held = load_file(HOME / "gptq-4-gptq" / "model.safetensors")
+    places = {"self_attn.o_proj": "transformer.h.0.attn.c_proj", "mlp.up_proj": "transformer.h.0.mlp.c_fc"}
+    found = {}
+    for llama, gpt2 in places.items():
+        path = f"model.layers.0.{llama}."
+        found |= {f"{gpt2}.{n.removeprefix(path)}": t for n, t in held.items() if n.startswith(path)}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(own))
+    save_file(found, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    if not known:
+        monkeypatch.setattr("oftsurgery.stores.naming.skeleton", lambda *_: None)
+    source = dequantised(open_checkpoint(tmp_path / "base"))
+    for llama, gpt2 in places.items():
+        want = values("gptq-4-gptq")[f"model.layers.0.{llama}.weight"].t()
+        assert torch.equal(source.read(f"{gpt2}.weight"), want)
+        assert source.entries[f"{gpt2}.weight"].shape == want.shape
 
 
 @pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
@@ -307,6 +351,24 @@ def test_files_that_do_not_prove_their_config_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_of_another_shape_gives_a_typed_error_or_a_weight(name: str, tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj."
+    whole = open_checkpoint(HOME / name)
+    ends = [n.removeprefix(path) for n in whole.entries if n.startswith(path)]
+    refused = 0
+    for end, shape in itertools.product(ends, [(3,), (2, 3, 5)]):
+        wrong = torch.zeros(shape).to(whole.read(f"{path}{end}").dtype)
+        base = changed(name, tmp_path / f"{end}{shape}", **{end: wrong})
+        try:
+            found = dequantised(open_checkpoint(base)).read(f"{path}weight")
+        except oftsurgery.OFTSurgeryError:
+            refused += 1
+        else:  # one scale for the whole weight, or a tensor that no weight needs
+            assert found.shape == values(name)[f"{path}weight"].shape
+    assert refused >= 4
+
+
 # --- the other commands -----------------------------------------------------------------------------------------------
 
 
@@ -354,9 +416,56 @@ def test_extract_finds_the_adapter_in_a_merge_of_a_quantised_base(folders: Folde
     assert found.modules.keys() == turns.keys()
 
 
-def test_plan_doctor_and_a_resumed_run_on_the_command_line(
-    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(folders: Folders, tmp_path: Path) -> None:
+    base, more = HOME / "gptq-8-gptq_v2", {"format": "bf16", "max_shard_size": 20_000}
+    quiet_fold(base, folders.adapter, tmp_path / "whole", **more)
+
+    def killed(done: int, total: int, what: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fold(base, folders.adapter, tmp_path / "out", **more, progress=killed)
+    left = {p: p.stat().st_mtime_ns for p in (tmp_path / ".out.oftsurgery").glob("*.safetensors")}
+    assert left
+    assert not (tmp_path / "out").exists()
+    quiet_fold(base, folders.adapter, tmp_path / "out", **more, resume=True)
+    whole, resumed = (file_bytes(tmp_path / name) for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert whole == resumed
+
+
+def test_few_dequantised_weights_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = 40
+    held = load_file(HOME / "gptq-4-gptq" / "model.safetensors")
+    path = "model.layers.0.self_attn.q_proj."
+    own = {n.removeprefix(path): t for n, t in held.items() if n.startswith(path)}
+    (tmp_path / "base").mkdir()
+    tensors_ = {f"layers.{i}.{n}": t.clone() for i in range(layers) for n, t in own.items()}
+    save_file(tensors_, tmp_path / "base" / "model.safetensors")
+    settings = json.loads((HOME / "gptq-4-gptq" / "config.json").read_text())["quantization_config"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    adapter = make_case("0.21 exact", 64, 64).adapter
+    rotation = next(iter(adapter.modules.values()))
+    adapter = replace(adapter, modules={f"layers.{i}": rotation for i in range(layers)}, config={})
+    made: list[weakref.ref[Tensor]] = []
+    most = 0
+    read = DequantisedCheckpoint.read
+
+    def watched(self: DequantisedCheckpoint, name: str) -> Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        made.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in made))
+        return tensor
+
+    monkeypatch.setattr(DequantisedCheckpoint, "read", watched)
+    record = quiet_fold(tmp_path / "base", adapter, tmp_path / "out", format="bf16")
+    assert len(record.modules) == len(made) == layers
+    assert most < 12
+
+
+def test_the_commands(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = str(HOME / "hqq-4-g64-axis1"), str(tmp_path / "out")
     assert cli.main(["plan", base, str(folders.adapter), "--format", "bf16"]) == 0
     assert "hqq" in capsys.readouterr().out
@@ -367,3 +476,11 @@ def test_plan_doctor_and_a_resumed_run_on_the_command_line(
     broken = changed("hqq-4-g64-axis1", tmp_path / "broken", scale=None)
     assert cli.main(["doctor", str(broken)]) == 1
     assert "a tensor of the quantised weight is missing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_quantised_base_becomes_a_graph(folders: Folders, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    command = ["export", "--base", str(HOME / "gptq-4-gptq"), "--adapter", str(folders.adapter), "--output", out]
+    assert cli.main([*command, "--format", "onnx", "--verify"]) == 0
+    assert (tmp_path / "out" / "model.onnx").is_file()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .stored import Entries, Source, Stored, check, damaged, groups_of, scaled, unknown, unpacked
+from .stored import Entries, Source, Stored, check, damaged, groups_of, matrix, scaled, unknown, unpacked
 
 _PACKED = 8  # codes in a word
 _SCALES = (torch.float16, torch.bfloat16)
@@ -51,7 +51,7 @@ def _group(size: object, inputs: int, name: str) -> int:
 
 
 def _gemm(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:
-    inputs, words = entries[tensors["qweight"]][1]
+    inputs, words = matrix(entries, tensors["qweight"], "awq")
     out, group = words * _PACKED, _group(size, inputs, tensors["qweight"])
     label = f"awq, gemm, groups of {group}"
     check(entries, tensors["qweight"], (torch.int32,), (inputs, words), label)
@@ -79,7 +79,7 @@ def _width(inputs: int, group: int) -> int:
 
 
 def _gemv(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:
-    out, words = entries[tensors["qweight"]][1]
+    out, words = matrix(entries, tensors["qweight"], "awq")
     inputs = words * _PACKED
     group = _group(size, inputs, tensors["qweight"])
     label, width = f"awq, gemv, groups of {group}", _width(inputs, group)
@@ -98,7 +98,7 @@ def _decode_gemv(tensors: Mapping[str, Tensor], *, group: int) -> Tensor:
 
 
 def _gemv_fast(entries: Entries, tensors: Mapping[str, str], size: object) -> Stored:
-    quarter, inputs = entries[tensors["qweight"]][1]
+    quarter, inputs = matrix(entries, tensors["qweight"], "awq")
     out, group = 4 * quarter, _group(size, inputs, tensors["qweight"])
     label, rows = f"awq, gemv_fast, groups of {group}", _width(inputs, group) * _PACKED
     if inputs % 64:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fp8
-from .stored import Entries, Read, Shape, Source, Stored, by_groups, check, damaged, unknown, unpacked
+from .stored import Entries, Read, Shape, Source, Stored, by_groups, check, damaged, matrix, unknown, unpacked
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,9 +33,10 @@ def weights(source: Source) -> dict[str, Stored]:
     ``float-quantized``   ``weight`` 8-bit floats     as above, or blocks
     ====================  ==========================  ============================  =========================================
     """
-    schemes = [s for s in (source.settings.get("config_groups") or {}).values() if isinstance(s, Mapping)]
+    groups = source.settings.get("config_groups")
+    schemes = [s for s in groups.values() if isinstance(s, Mapping)] if isinstance(groups, Mapping) else []
     for name in (source.settings.get("format") or "dense", *(s.get("format") for s in schemes)):
-        if name not in (None, *_FORMATS):
+        if name is not None and name not in _FORMATS:
             unknown("format", name, _NAME, _REMEDY)
     if source.settings.get("transform_config"):
         unknown(
@@ -43,7 +44,7 @@ def weights(source: Source) -> dict[str, Stored]:
         )
     said: list[Any] = [s.get("weights") for s in schemes]
     blocks = [s.get("block_structure") for s in said if isinstance(s, Mapping)]
-    block = next((tuple(b) for b in blocks if isinstance(b, (list, tuple)) and len(b) == 2), None)
+    block = next((tuple(b) for b in blocks if isinstance(b, (list, tuple)) and fp8.is_block(b)), None)
     found = {}
     for name, (dtype, _) in source.entries.items():
         path, _, local = name.rpartition(".")
@@ -79,7 +80,7 @@ def _packed(entries: Entries, path: str, said: list[Any], read: Read) -> Stored:
     if tensors["shape"] not in entries or entries[tensors["shape"]][1] != (2,):
         damaged("a tensor of the quantised weight is missing", tensors["shape"], _NAME)
     out, inputs = (int(n) for n in read(tensors["shape"]))
-    dtype, stored = entries[tensors["packed"]]
+    dtype, stored = entries[tensors["packed"]][0], matrix(entries, tensors["packed"], _NAME)
     known = [s["num_bits"] for s in said if isinstance(s, Mapping) and type(s.get("num_bits")) is int]
     bits = next((b for b in known if 1 <= b <= 8 and stored == (out, -(-inputs * b // 32))), None)
     if dtype != torch.int32 or bits is None:
@@ -118,8 +119,7 @@ def _plain(entries: Entries, path: str, scale: str) -> Stored:
     tensors = {"weight": f"{path}.weight", "scale": scale}
     shape = entries[tensors["weight"]][1]
     label = "compressed-tensors, 8 bits"
-    if len(shape) != 2:
-        damaged("the quantised weight is no matrix", tensors["weight"], label, shape=shape)
+    matrix(entries, tensors["weight"], label)
     of = _scales(entries, scale, shape, label)
     for local in ("zero_point", "g_idx"):
         if f"{path}.weight_{local}" in entries:

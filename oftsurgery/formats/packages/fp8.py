@@ -4,7 +4,7 @@ a scale for the tensor, for a row, or for a block of rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -27,17 +27,22 @@ IDLE = (
 def weights(source: Source) -> dict[str, Stored]:
     """``{name of a weight: the stored weight}``; experts that transformers holds in one tensor have three dimensions."""
     block = source.settings.get("weight_block_size")
-    if block is not None and not (isinstance(block, (list, tuple)) and [type(n) for n in block] == [int, int]):
+    if block is not None and not (isinstance(block, (list, tuple)) and is_block(block)):
         unknown("weight_block_size", block, "fp8", "restore the config.json that was saved with the weights")
     found = {}
     for name, (dtype, shape) in source.entries.items():
-        if dtype in CODES and len(shape) >= 2:
+        if dtype in CODES and (len(shape) >= 2 or name.endswith("weight")):
             scale = scale_of(name, source.entries)
             if scale is None:
                 damaged("the weight in 8-bit floats has no scale beside it", name, "fp8")
             # transformers' dequantisation gives the config's dtype
             found[name] = stored(source.entries, name, scale, None if block is None else tuple(block), source.dtype)
     return found
+
+
+def is_block(sizes: Sequence[object]) -> bool:
+    """Whether ``sizes`` are the rows and columns of a block."""
+    return len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)
 
 
 def scale_of(name: str, entries: Entries) -> str | None:
@@ -62,8 +67,13 @@ def stored(entries: Entries, name: str, scale: str, block: Shape | None, dtype: 
 
 def _grid(entries: Entries, name: str, scale: str, block: Shape | None) -> Shape:
     """The rows and columns that share a scale."""
-    *_, rows, columns = entries[name][1]
+    shape = entries[name][1]
+    if len(shape) < 2 or 0 in shape:
+        damaged("the quantised weight is no matrix", name, "fp8", shape=shape)
+    *before, rows, columns = shape
     of = entries[scale][1]
+    if len(of) > 1 and of[:-2] != tuple(before):
+        damaged("the scales do not fit the weight", scale, "fp8", shape=of, expected=(*before, rows, columns))
     if of in ((), (1,)) or of[-2:] == (1, 1):
         return rows, columns
     if of == (rows,):

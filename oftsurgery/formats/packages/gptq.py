@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .stored import Entries, Settings, Source, Stored, by_groups, check, damaged, groups_of, unknown, unpacked
+from .stored import Entries, Settings, Source, Stored, by_groups, check, damaged, groups_of, matrix, unknown, unpacked
 
 _BITS = (2, 3, 4, 8)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,9 +35,11 @@ def weights(source: Source) -> dict[str, Stored]:
 
 
 def _stored(entries: Entries, tensors: Mapping[str, str], settings: Settings, *, first: bool) -> Stored:
-    (words, out), said = entries[tensors["qweight"]][1], settings.get("bits")
-    groups = entries[tensors["scales"]][1][0]
-    inputs = entries[tensors["g_idx"]][1][0] if "g_idx" in tensors else words * 32 // int(said or 4)
+    (words, out), said = matrix(entries, tensors["qweight"], "gptq"), settings.get("bits")
+    groups, _ = matrix(entries, tensors["scales"], "gptq")
+    inputs = words * 32 // (said if said in _BITS else 4)
+    if "g_idx" in tensors:
+        inputs = math.prod(entries[tensors["g_idx"]][1])
     # `dynamic` gives modules other bits than the config's
     bits = next((b for b in _BITS if -(-inputs * b // 32) == words), None)
     if bits is None or (bits != said and not settings.get("dynamic")):

@@ -57,12 +57,20 @@ def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Te
         if fact in facts and bool(facts[fact].any()):
             damaged("the scales or zeros are quantised too, which hqq's own files cannot hold", tensors[fact], "hqq")
     packing, compute = (_text(facts[fact]) for fact in ("packing", "compute_dtype"))
-    group, axis, nbits = (float(facts[fact].reshape(-1)[0]) for fact in ("group_size", "axis", "nbits"))
+    group, axis, nbits = (_number(facts[fact]) for fact in ("group_size", "axis", "nbits"))
     group, axis = int(group), int(axis)
     shape: Any = tuple(facts["shape"].reshape(-1).tolist())
     per_word, bits, word = _PACKING.get(packing, (0, 0, torch.uint8))
     n = math.prod(shape)
-    if not per_word or compute not in _DTYPES or axis not in (0, 1) or len(shape) != 2 or group <= 0 or n % group:
+    if (
+        not per_word
+        or compute not in _DTYPES
+        or axis not in (0, 1)
+        or len(shape) != 2
+        or min(shape) <= 0
+        or group <= 0
+        or n % group
+    ):
         damaged("the tensors beside the weight do not say a layout of hqq", name, "hqq")
     dtype = _DTYPES[compute]
     label = f"hqq, {nbits:g} bits, groups of {group} along axis {axis}"
@@ -83,6 +91,12 @@ def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Te
         check(entries, tensors[local], (dtype,), entries[tensors[local]][1] if one else scales, label)
     decode = partial(_decode, packing=packing, matrix=matrix, stored=stored, shape=shape, dtype=dtype)
     return Stored(tensors, shape, dtype, label, decode)
+
+
+def _number(fact: Tensor) -> float:
+    """The number in a tensor; 0 for a tensor without a finite number."""
+    number = float(fact.reshape(-1)[0]) if fact.numel() else 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _text(codes: Tensor) -> str:

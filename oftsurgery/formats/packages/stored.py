@@ -90,6 +90,14 @@ def groups_of(
         yield path, found
 
 
+def matrix(entries: Entries, name: str, format: str) -> tuple[int, int]:
+    """The shape of a matrix without empty sides."""
+    shape = entries[name][1]
+    if len(shape) != 2 or 0 in shape:
+        damaged("a tensor of the quantised weight is no matrix", name, format, shape=shape)
+    return shape[0], shape[1]
+
+
 def check(entries: Entries, name: str, dtypes: Collection[torch.dtype], shape: Shape, format: str) -> None:
     """Refuse a tensor of another dtype or shape than the format has."""
     dtype, found = entries[name]
