@@ -213,9 +213,7 @@ def test_the_groups_of_a_block(adapter: Path) -> None:
     rotation = loaded.modules[PATHS[0]]
     whole = oftsurgery.OFTAdapter(dict.fromkeys(paths, rotation), dialect=loaded.dialect)
     into = oftsurgery.WeightFormat("nf4", (64, 64), torch.float32, 64)
-    found = Calibration(
-        model, [whole], paths, read_batches(batches()), jobs=dict.fromkeys(paths, ((rotation,), into))
-    )
+    found = Calibration(model, [whole], paths, read_batches(batches()), jobs=dict.fromkeys(paths, ((rotation,), into)))
     kinds = {path: type(found(path)) for path in paths}
     assert {path for path, kind in kinds.items() if kind is not FoldedAlready} == {
         f"layers.{i}.experts.1" for i in range(COUNT)
