@@ -3,7 +3,7 @@
 ``python benchmarks/image_models.py --lycoris /path/to/python`` writes, to a temporary folder, checkpoints with the names and the
 shapes of the real classes of diffusers, and random values:
 
-* ``sdxl``: the U-Net of SDXL, a folder of diffusers in fp16 (2.57 billion weights);
+* ``sdxl``: the U-Net of SDXL, a folder of diffusers in fp16 (2.57 billion weights, without ``--blocks``);
 * ``flux``: a transformer of Flux' width, in NF4 as diffusers' loading quantises, with ``--blocks`` blocks of each kind (Flux.1 has 19
   and 38).
 
@@ -15,7 +15,8 @@ projections, and of LyCORIS' diag-oft with dim 8 on the same layers. For each of
 * for LyCORIS' adapters, with ``--lycoris``: a Python with ``lycoris-lora``, torch and diffusers loads the plain checkpoint, merges with
   LyCORIS' ``merge_to`` and saves, without the time of the imports. LyCORIS does not merge into 4-bit weights.
 
-Each way's time is that of the clock and that of the processors. Medians go to the terminal and to ``benchmarks/results/image_models.json``.
+With ``--layers``, single weights are timed by the kernels and by the readable path. Each way's time is that of the clock and that of the
+processors, which on a shared machine says more. Medians go to the terminal and to ``benchmarks/results/image_models.json``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ SDXL: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (5, 10, 20),
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
@@ -56,12 +56,12 @@ SDXL: dict[str, Any] = {
 
 
 def skeleton(model: str, blocks: int) -> nn.Module:
-    """The model on the meta device."""
+    """The model on the meta device, with so many blocks of each kind, or in the deepest attentions of SDXL."""
     import diffusers
 
     with torch.device("meta"):
         if model == "sdxl":
-            return diffusers.UNet2DConditionModel(**SDXL)
+            return diffusers.UNet2DConditionModel(**SDXL, transformer_layers_per_block=(1, 2, blocks))
         return diffusers.FluxTransformer2DModel(num_layers=blocks, num_single_layers=blocks, guidance_embeds=True)
 
 
@@ -120,19 +120,63 @@ def write_adapter(model: str, tool: str, made: nn.Module, file: Path) -> int:
 
 
 def merge_by_lycoris(base: Path, adapter: Path, out: Path) -> None:
-    """Run LyCORIS' merge in this process, and print the seconds and the peak of memory."""
+    """Run LyCORIS' merge in this process, and print the seconds without the imports."""
     import diffusers
     from lycoris import create_lycoris_from_weights  # type: ignore[import-not-found]
     from safetensors.torch import load_file, save_file
 
     start = time.perf_counter()
+    config = json.loads((base / "config.json").read_text())
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**SDXL)
+        unet = diffusers.UNet2DConditionModel.from_config(config)
     unet.load_state_dict(load_file(base / "diffusion_pytorch_model.safetensors"), assign=True)
     network, _ = create_lycoris_from_weights(1.0, str(adapter), unet)
     network.merge_to(1.0)
     save_file(unet.state_dict(), out)
     print(json.dumps({"seconds": time.perf_counter() - start}))
+
+
+#: name → (out, in, size of the blocks, format)
+LAYERS = {
+    "SDXL 1280×1280, kohya dim 4": (1280, 1280, 320, "fp16"),
+    "SDXL 1280×2048, LyCORIS b = 32": (1280, 2048, 32, "fp16"),
+    "Flux 3072×3072, kohya dim 4": (3072, 3072, 768, "nf4"),
+    "Flux 3072×3072, LyCORIS dim 8": (3072, 3072, 8, "nf4"),
+    "Flux 12288×3072, LyCORIS b = 96": (12288, 3072, 96, "nf4"),
+}
+
+
+def time_layers() -> list[dict[str, Any]]:
+    """Processor seconds of one weight's fold, by the kernel and by the readable path, which folded such weights before: the least of
+    three, the rotation's matrices included.
+    """
+    import oftsurgery
+    from oftsurgery.adapters.output_blocks import OutputBlocks
+    from oftsurgery.formats import codecs
+    from oftsurgery.weights.fold import fold_encoded
+
+    rows = []
+    for name, (out, features, b, storage) in LAYERS.items():
+        generator = torch.Generator().manual_seed(0)
+        weight = codecs.dense((torch.randn(out, features, generator=generator) * 0.02).half())
+        if storage == "nf4":
+            shape = (out, features)
+            weight = codecs.encode(
+                weight.tensors["weight"].float(), oftsurgery.WeightFormat("nf4", shape, blocksize=64)
+            )
+        rotation = OutputBlocks(torch.randn(out // b, b, b, generator=generator) * (0.05 / b**0.5), 0.0, "lycoris")
+        row: dict[str, Any] = {"layer": name, "format": storage, "block": b}
+        for backend in ("reference", "numba"):
+            times = []
+            for _ in range(3):
+                with oftsurgery.use_backend(backend):
+                    start = time.process_time()
+                    fold_encoded(weight, [rotation.resolved()], rounding="preserve")
+                    times.append(time.process_time() - start)
+            row[backend] = min(times)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
 
 
 def ways(base: Path, adapter: Path, out: Path, lycoris: str | None) -> Iterator[tuple[str, list[str]]]:
@@ -160,21 +204,24 @@ def measured(way: str, command: list[str], out: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["sdxl", "flux"], choices=["sdxl", "flux"])
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of each kind of the transformer of Flux' width")
+    parser.add_argument("--models", nargs="*", default=["sdxl", "flux"], choices=["sdxl", "flux"])
+    text = "blocks of each kind of Flux (Flux.1 has 19 and 38), and in the deepest attentions of SDXL (SDXL has 10)"
+    parser.add_argument("--blocks", type=int, help=f"{text}; default: 4 of Flux, all of SDXL")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lycoris", metavar="PYTHON", help="a Python that has lycoris-lora, torch and diffusers")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "image_models.json")
+    parser.add_argument("--layers", action="store_true", help="time single weights too, by the processor's time")
     parser.add_argument("--merge", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.merge:
         merge_by_lycoris(*map(Path, args.merge))
         return
+    layers = time_layers() if args.layers else []
     rows: list[dict[str, Any]] = []
     for model in args.models:
         with tempfile.TemporaryDirectory() as place:
             base, out = Path(place) / model, Path(place) / "out"
-            made = write_base(model, base, args.blocks)
+            made = write_base(model, base, args.blocks or {"sdxl": 10, "flux": 4}[model])
             size = sum(path.stat().st_size for path in base.iterdir())
             for tool in ("kohya", "lycoris"):
                 adapter = Path(place) / f"{tool}.safetensors"
@@ -193,7 +240,9 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     machine = {"cpu": processor(), "threads": torch.get_num_threads()}
-    args.out.write_text(json.dumps({"machine": machine, "repeats": args.repeats, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"machine": machine, "repeats": args.repeats, "layers": layers, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
