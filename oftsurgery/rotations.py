@@ -252,22 +252,28 @@ def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool =
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = blocks.to(torch.float64)
     if side == "output":
-        # (Rᵀ W)ᵀ = Wᵀ R, so the transpose is rotated
-        columns, shared, b = weight.t(), r.shape[0] == 1, r.shape[-1]
-        out = columns.shape[-1]
+        shared, b, out = r.shape[0] == 1, r.shape[-1], weight.shape[0]
         whole, needed = out - out % b, -(-out // b)
         if not shared and r.shape[0] < needed:
             message, expected = f"blocks do not cover the output features, {out} of them", (needed, b, b)
             raise ShapeError(message, shape=tuple(r.shape), expected=expected, remedy=_TRAINED_ON)
         cropped = (r if shared else r[needed - 1 : needed])[:, : out - whole, : out - whole]
-        parts = [(columns[:, :whole], r if shared else r[: whole // b]), (columns[:, whole:], cropped)]
-        turned = [apply_blocks(x, (inverse_blocks(m) if inverse else m).to(x)) for x, m in parts if x.shape[-1]]
-        return torch.cat(turned, dim=-1).t().contiguous()
+        parts = [(weight[:whole], r if shared else r[: whole // b]), (weight[whole:], cropped)]
+        turned = [_turn_rows(x, inverse_blocks(m) if inverse else m) for x, m in parts if len(x)]
+        return turned[0] if len(turned) == 1 else torch.cat(turned)
     if inverse:
         r = inverse_blocks(r)
     if side == "input":
         r = r.transpose(-2, -1)
     return apply_blocks(weight, r.to(weight))
+
+
+def _turn_rows(weight: Tensor, blocks: Tensor) -> Tensor:
+    """``blockdiag(blocks)ᵀ · weight``; a single block serves all rows. (rows, columns)."""
+    b = blocks.shape[-1]
+    rows = weight.reshape(-1, b, weight.shape[1])
+    turned: Tensor = torch.matmul(blocks.to(weight).mT, rows)
+    return turned.reshape(weight.shape)
 
 
 def eigen_angles(q: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
 def _rank(kind: str) -> tuple[bool, int]:
     """A sort key: attention comes first, then :data:`_ORDER` inside each group; other kinds keep their order."""
     group, _, leaf = kind.rpartition(".")
-    leaf = leaf.removesuffix("_proj")
+    leaf = leaf.removesuffix("_proj").removeprefix("to_")
     return "att" not in group.lower(), _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER)
 
 

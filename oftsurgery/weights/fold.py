@@ -134,12 +134,14 @@ def fold_encoded(
         fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
         if fast is not None:
             return fast
-        base = codecs.decode(encoded)
-        exact = rotate_chain(base, chain, inverse=inverse)
+        exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
+        fast = kernels.store(encoded, exact, into, used)  # which gives nothing for values that are not finite
+        if fast is not None:
+            return fast
         if not bool(torch.isfinite(exact).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
-        return _stored(encoded, base, exact, chain, into, used)
+        return _stored(encoded, codecs.decode(encoded), exact, chain, into, used)
 
 
 def rotate_group(group: Sequence[EncodedWeight], chain: Sequence[WeightMap], *, inverse: bool = False) -> list[Tensor]:
@@ -175,7 +177,9 @@ def store_exact(encoded: EncodedWeight, exact: Tensor, into: WeightFormat, round
     """``exact``, the values of ``encoded`` after a rotation, in the format ``into``, and the cost of storing."""
     codecs.check_rounding(rounding)
     with rotations.full_precision(exact.device.type):
-        return _stored(encoded, codecs.decode(encoded), exact, (), into, codecs.rounding_of(into, rounding))
+        used = codecs.rounding_of(into, rounding)
+        fast = kernels.store(encoded, exact, into, used)
+        return fast or _stored(encoded, codecs.decode(encoded), exact, (), into, used)
 
 
 def _stored(

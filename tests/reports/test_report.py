@@ -134,6 +134,27 @@ LAYOUTS: dict[str, tuple[list[str], list[tuple[str, int, tuple[str, ...]]], list
         [("visual.blocks", 2, ("attn.qkv",)), ("model.layers", 2, ("mlp.up_proj",))],
         [],
     ),
+    "a U-Net of diffusers": (
+        [
+            f"{side}_blocks.1.attentions.{i}.transformer_blocks.0.attn1.{k}"
+            for side in ("down", "up")
+            for i in range(2)
+            for k in ("to_k", "to_q")
+        ]
+        + [f"down_blocks.{i}.resnets.0.conv1" for i in range(2)],
+        [("down_blocks", 4, ("attn1.to_q", "attn1.to_k", "conv1")), ("up_blocks", 2, ("attn1.to_q", "attn1.to_k"))],
+        [],
+    ),
+    "a U-Net of a single file": (
+        [f"input_blocks.{i}.1.transformer_blocks.{j}.attn2.to_v" for i in (4, 5) for j in range(2)] + ["out.2"],
+        [("input_blocks", 4, ("attn2.to_v",))],
+        ["out.2"],
+    ),
+    "a DiT": (
+        [f"{n}transformer_blocks.{i}.attn.to_q" for n in ("", "single_") for i in range(2)] + ["proj_out"],
+        [("transformer_blocks", 2, ("attn.to_q",)), ("single_transformer_blocks", 2, ("attn.to_q",))],
+        ["proj_out"],
+    ),
     "one module": (["up"], [], ["up"]),
     "a plain list": (["0", "2", "4"], [], ["0", "2", "4"]),
     "one layer is no stack": (["model.layers.0.mlp.up", "head"], [], ["model.layers.0.mlp.up", "head"]),

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 import oftsurgery
 from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, rotations
+from oftsurgery.adapters.boft import LycorisBoft
+from oftsurgery.adapters.output_blocks import OutputBlocks
 from oftsurgery.errors import MissingDependencyError, StateError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
@@ -156,6 +158,52 @@ def test_every_path_gives_the_reference_result(case):
         ties = assert_same(got, want, truth)
         assert into.codec == "dense" or ties <= 2 + truth.numel() // 500
         assert got.error == pytest.approx(want.error, rel=1e-3, abs=3e-7)
+
+
+ROTATED_ROWS = {
+    "nf4": (WeightFormat("nf4", (576, 528), torch.float16, 64, 0), 576),
+    "nf4, nested, blocks straddle rows": (WeightFormat("nf4", (192, 1040), torch.float16, 64, 256), 96),
+    "fp4": (WeightFormat("fp4", (640, 512), torch.bfloat16, 128, 0), 640),
+    "int8": (WeightFormat("int8", (320, 512), torch.float16), 320),
+    "fp16": (WeightFormat("dense", (640, 336), torch.float16), 160),
+    "bf16": (WeightFormat("dense", (320, 512), torch.bfloat16), 8),
+    "fp32": (WeightFormat("dense", (320, 512), torch.float32), 320),
+    "no multiple of 16 columns": (WeightFormat("dense", (320, 270), torch.float16), 320),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED_ROWS)
+@pytest.mark.parametrize("rounding", ["preserve", "mse", "nearest"])
+@pytest.mark.parametrize("family", ["diag-oft", "BOFT"])
+def test_rows_that_are_rotated_as_a_whole_are_stored_as_the_reference_stores_them(name, rounding, family):
+    """Large blocks of rows, and maps that are no rotation: the kernel stores the exact values that it is given."""
+    f, b = ROTATED_ROWS[name]
+    gen = torch.Generator().manual_seed(0)
+    encoded = codecs.encode(torch.randn(f.shape, generator=gen) * 0.02, f)
+    n, b = (f.shape[0] // b, b) if family == "diag-oft" else (f.shape[0] // 16, 16)
+    blocks = torch.randn(n, b, b, generator=gen) * (0.02 / b**0.5)
+    scale = 1 + 0.01 * torch.randn(f.shape[0], generator=gen)
+    chain = (
+        OutputBlocks(blocks, None, "lycoris", scale) if family == "diag-oft" else LycorisBoft(blocks[None], None, scale)
+    )
+    used = codecs.rounding_of(f, rounding)
+    with oftsurgery.use_backend("reference"):
+        want = fold_encoded(encoded, [chain.resolved()], rounding=used)
+    with oftsurgery.use_backend("numba"):
+        got = fold_encoded(encoded, [chain.resolved()], rounding=used)
+    assert (want.backend, got.backend) == ("reference", "reference" if f.shape[1] % 16 else "numba")
+    assert (got.rounding, got.relaxation) == (want.rounding, want.relaxation)
+    for figure in ("error", "nearest", "rho", "kept", "change"):
+        mine, theirs = getattr(got, figure), getattr(want, figure)
+        assert (mine is None) == (theirs is None), figure
+        assert mine is None or mine == pytest.approx(theirs, rel=1e-3, abs=3e-7), figure
+    if not f.quantised:
+        assert torch.equal(got.encoded.tensors["weight"], want.encoded.tensors["weight"])
+    differ = (codecs.decode(got.encoded) != codecs.decode(want.encoded)).float().mean()
+    assert f.nested_blocksize or rounding == "mse" or differ < 1e-3
+    broken = replace(chain, blocks=blocks * torch.nan) if family == "BOFT" else replace(chain, scale=scale * torch.inf)
+    with oftsurgery.use_backend("numba"), pytest.raises(oftsurgery.NonFiniteError):
+        fold_encoded(encoded, [broken.resolved()], rounding=used)
 
 
 def test_every_path_gives_the_reference_result_on_many_tiles():

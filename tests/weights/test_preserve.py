@@ -488,7 +488,7 @@ ALIKES: dict[str, tuple[Any, ...]] = {
     "all of int8 is moved far": ("int8", (200, 192), 0, 0, 16, 0.01, "input"),
 }
 #: weights whose blocks the fused kernel does not take
-NO_KERNEL = ("a strong block, int8, of rows", "nf4, of rows", "an odd size, nf4")
+NO_KERNEL = ("an odd size, nf4",)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,9 @@ SEARCH = 224
 OWN, HELD_LEVELS, HELD_CODES, HELD_FACTORS, HELD_SIZE, HELD_OUT, NUMBERS = range(232, 288, 8)
 #: of a sample: its planes, the bytes of one, and the blocks' weights
 PLANES, PLANE, WEIGHTS = range(288, 312, 8)
-JOB = 312
+#: values after the rotation, float32, which are then not rotated here; or 0
+GIVEN = 312
+JOB = 320
 
 #: numbers for kept scales, float32: ω - 1, the largest mean square of a weak block's change and its largest weight in units of
 #: its scale, the offset of double quantisation, by how much a scale may be exceeded, and what scales are divided by in a

@@ -39,6 +39,7 @@ from .layout import (
     FEATURES,
     FLAT,
     FOUR_BIT,
+    GIVEN,
     GROUP,
     INT8,
     KIND,
@@ -87,12 +88,19 @@ def _rotate(x, x_stride, y, y_stride, columns, b, matrices, step, first_block):
                 done += BLOCK_LANES
 
 
+@part(types.void(*[int64] * 3))
+def _copy(given, y, columns):
+    """A row of values that were rotated before."""
+    for i in range(0, columns, LANES):
+        store(y + 4 * i, load(given + 4 * i))
+
+
 def tile(job, result, first_row, last_row, first_column, last_column, scratch, sums):
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column`` of a job.
 
     GROUP rows (a multiple of ROWS) are done at a time: decoded to the scratch, float32, and rotated into the scratch behind
-    it. Where 4-bit blocks straddle rows, the columns are all of the row, the strides are the row's, and groups begin with a
-    block.
+    it, or copied there where the job gives the rotated values. Where 4-bit blocks straddle rows, the columns are all of the
+    row, the strides are the row's, and groups begin with a block.
 
     Args:
         job: address of int64, see :mod:`.layout`.
@@ -105,6 +113,7 @@ def tile(job, result, first_row, last_row, first_column, last_column, scratch, s
     flat, new_flat = load_word(job + FLAT), load_word(job + NEW_FLAT)
     kind, new_kind = load_word(job + KIND), load_word(job + NEW_KIND)
     codes, factors, b = load_word(job + CODES), load_word(job + FACTORS), load_word(job + BLOCK)
+    given = load_word(job + GIVEN)
     decode, encode, then = load_word(job + DECODE), load_word(job + ENCODE), load_word(job + THEN)
     x = scratch
     y = (x + group * x_stride + 63) & ~63
@@ -122,7 +131,10 @@ def tile(job, result, first_row, last_row, first_column, last_column, scratch, s
                 _ask(kind, codes, first + group * features, columns, 0)
                 _ask(new_kind, result, first, columns, 1)
                 call_five(decode, job, first, columns, x + r * x_stride, row + r)
-        for r in range(0, rows, ROWS):
+        if given != 0:
+            for r in range(rows):
+                _copy(given + 4 * ((row + r) * features + first_column), y + r * y_stride, columns)
+        for r in range(0, 0 if given != 0 else rows, ROWS):
             x_at, y_at = x + r * x_stride, y + r * y_stride
             step = load_word(job + STEP)
             _rotate(x_at, x_stride, y_at, y_stride, columns, b, load_word(job + MATRICES), step, first_column // b)

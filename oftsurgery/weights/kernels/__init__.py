@@ -41,7 +41,7 @@ from oftsurgery.weights import preserve
 from .blockwise import FoldedWeight
 from .pool import start
 
-__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "sweep", "use_backend"]
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "store", "sweep", "use_backend"]
 
 T = TypeVar("T")
 
@@ -149,6 +149,8 @@ def fold(
     if forced == "reference" or len(known) < len(order):
         return None
     device = encoded.tensors["weight"].device
+    if any(r.side == "output" for r in known) and _stores(encoded, into):
+        return None  # the rows are rotated as a whole, and `store` does the rest
     if forced != "tiled":
         name = forced or ("numba" if device.type == "cpu" else "triton")
 
@@ -167,6 +169,27 @@ def fold(
     blocks = [(r, r.blocks.to(device)) for r in known]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
+
+
+def store(encoded: EncodedWeight, exact: Tensor, into: WeightFormat, rounding: str) -> FoldedWeight | None:
+    """``exact``, the values of ``encoded`` after a rotation, stored as ``into``, and the cost of storing; None where the reference
+    must store the values.
+
+    Args:
+        exact: ``(out, in)``, on the device of ``encoded``.
+        rounding: as for :func:`fold`.
+    """
+    if not _stores(encoded, into):
+        return None
+    done: FoldedWeight | None = _serve("numba", lambda driver: driver.store(encoded, exact, into, rounding))
+    return None if done is None else replace(done, backend="numba")
+
+
+def _stores(encoded: EncodedWeight, into: WeightFormat) -> bool:
+    """Whether :func:`store` serves."""
+    if encoded.tensors["weight"].device.type != "cpu" or _choice() not in (None, "numba"):
+        return False
+    return bool(_serve("numba", lambda driver: driver.takes(encoded.format, into)))
 
 
 def _turns_many_rows(r: Rotation) -> bool:

@@ -138,6 +138,38 @@ def fold(
     return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
+def takes(f: WeightFormat, into: WeightFormat) -> bool:
+    """Whether :func:`store` takes a weight of these formats."""
+    return _tiles_of_rotated(f, into) is not None
+
+
+def _tiles_of_rotated(f: WeightFormat, into: WeightFormat) -> tuple[_Side, _Side, _Tiles] | None:
+    old, new = _side(f), _side(into)
+    if old is None or new is None or f.shape[1] % layout.LANES or 0 in f.shape:
+        return None
+    tiles = _tiles((f.shape[0], f.shape[1]), layout.LANES, old, new)
+    return None if tiles is None else (old, new, tiles)
+
+
+def store(encoded: EncodedWeight, exact: Tensor, into: WeightFormat, rounding: str) -> blockwise.FoldedWeight | None:
+    """The values ``exact``, which are those of ``encoded`` after a rotation, stored as ``into``, and the cost of storing.
+
+    Args:
+        encoded: a weight on the CPU.
+        exact: ``(out, in)`` float32.
+        rounding: as for :func:`oftsurgery.weights.kernels.fold`.
+
+    Returns:
+        the weight; None as for :func:`fold`.
+    """
+    found = _tiles_of_rotated(encoded.format, into)
+    source = None if found is None else encoded.format.kind.kernel_operands(_plainly_scaled(encoded))
+    if found is None or source is None or exact.dtype != torch.float32:
+        return None
+    unused = torch.empty(1, layout.LANES, layout.LANES)
+    return _Fold(encoded, into, *found, *source, unused, None, exact.contiguous()).run(rounding)
+
+
 def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
     """The weight without double quantisation. By a kernel: torch would have its threads wait for more, on processors that
     are needed.
@@ -183,7 +215,7 @@ class _Sums(NamedTuple):
 
 @dataclass(eq=False)
 class _Fold(blockwise.Fold):
-    """One fold of a weight: its tiles, and the passes over them."""
+    """One fold of a weight: its tiles, and the passes over them; ``given`` are values that were rotated before."""
 
     old: _Side
     new: _Side
@@ -192,6 +224,7 @@ class _Fold(blockwise.Fold):
     scales: Tensor
     matrices: Tensor
     factors: Tensor | None
+    given: Tensor | None = None
 
     def __post_init__(self) -> None:
         into, tiles, b = self.into, self.tiles, self.matrices.shape[-1]
@@ -213,6 +246,7 @@ class _Fold(blockwise.Fold):
             block=b,
             step=0 if self.matrices.shape[0] == 1 else 4 * b * b,
             factors=self.factors,
+            given=self.given,
             out=rows,
             features=features,
             group=tiles.group,
