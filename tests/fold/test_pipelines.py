@@ -333,6 +333,7 @@ def test_an_executor_writes_and_checks_the_same(place: Path, tmp_path: Path) -> 
         ]
         assert records[0] == records[1]
         assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
+        assert (tmp_path / "1.undo").read_bytes() == (tmp_path / "2.undo").read_bytes()
         paths = [tmp_path / "1", place / "base", [place / "unet", place / "text"]]
         assert oftsurgery.verify_checkpoint(*paths, executor=threads) == oftsurgery.verify_checkpoint(*paths)  # type: ignore[arg-type]
         oftsurgery.unfold_checkpoint(tmp_path / "1", tmp_path / "back", base=place / "base", executor=threads)
