@@ -55,7 +55,9 @@ def write(folder: Path, layers: int, shards: int) -> None:
 def used() -> tuple[float, int]:
     """The processor's time of this process in seconds, and its peak of memory in bytes."""
     own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime, own.ru_maxrss * 1024
+    # ru_maxrss of a process counts the process that started it
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return own.ru_utime + own.ru_stime, int(status["VmHWM"].split()[0]) * 1024
 
 
 def of_worker(_: int) -> tuple[int, float, int]:

@@ -329,7 +329,8 @@ def test_pickles_are_named_and_not_copied(place: Path, tmp_path: Path) -> None:
 def test_an_executor_writes_and_checks_the_same(place: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as threads:
         records = [
-            fold(place, ["unet", "text"], tmp_path / out, executor=e) for out, e in (("1", None), ("2", threads))
+            fold(place, ["unet", "text"], tmp_path / out, executor=e, undo=tmp_path / f"{out}.undo")
+            for out, e in (("1", None), ("2", threads))
         ]
         assert records[0] == records[1]
         assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
