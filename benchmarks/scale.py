@@ -32,6 +32,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from timing import peak
+
 import oftsurgery
 from oftsurgery.records.record import versions
 
@@ -55,9 +57,7 @@ def write(folder: Path, layers: int, shards: int) -> None:
 def used() -> tuple[float, int]:
     """The processor's time of this process in seconds, and its peak of memory in bytes."""
     own = resource.getrusage(resource.RUSAGE_SELF)
-    # ru_maxrss of a process counts the process that started it
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return own.ru_utime + own.ru_stime, int(status["VmHWM"].split()[0]) * 1024
+    return own.ru_utime + own.ru_stime, peak()
 
 
 def of_worker(_: int) -> tuple[int, float, int]:
