@@ -17,6 +17,7 @@ from .api.comparisons import extract_checkpoint as extract_checkpoint
 from .api.exports import export_gguf as export_gguf
 from .api.exports import export_onnx as export_onnx
 from .api.exports import export_safetensors as export_safetensors
+from .api.many import fold_many as fold_many
 from .api.models import extract as extract
 from .api.models import fold as fold
 from .api.models import unfold as unfold
@@ -40,6 +41,7 @@ from .errors import CheckpointError as CheckpointError
 from .errors import ConversionWarning as ConversionWarning
 from .errors import DialectError as DialectError
 from .errors import DiskError as DiskError
+from .errors import EngineError as EngineError
 from .errors import ExportError as ExportError
 from .errors import ExtractionError as ExtractionError
 from .errors import ExtractionWarning as ExtractionWarning
@@ -69,6 +71,7 @@ from .live.dispatch import dispatch_bnb_4bit as dispatch_bnb_4bit
 from .live.dispatch import dispatch_bnb_8bit as dispatch_bnb_8bit
 from .onnx.export import OnnxCheck as OnnxCheck
 from .onnx.export import OnnxReport as OnnxReport
+from .ray_executor import RayExecutor as RayExecutor
 from .records.record import AdapterInfo as AdapterInfo
 from .records.record import FoldRecord as FoldRecord
 from .records.record import ModuleRecord as ModuleRecord

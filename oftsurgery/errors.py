@@ -169,6 +169,10 @@ class DiskError(OFTSurgeryError, OSError):
     """The disk did not take what was written: full, read-only, or in use by another run."""
 
 
+class EngineError(OFTSurgeryError, OSError):
+    """The executor that works on a run's tasks has lost its workers, or takes no tasks."""
+
+
 class ExportError(OFTSurgeryError):
     """A model cannot be exported: torch cannot capture it, or the result does not compute what the model does."""
 

@@ -101,7 +101,7 @@ def test_the_page_does_what_it_shows(page: Path, capsys: pytest.CaptureFixture[s
 
 def test_each_command_is_shown() -> None:
     shown = {
-        m[1] for page in PAGES for m in re.finditer(r"^\$ oftsurgery (\w+)", page.read_text("utf-8"), re.MULTILINE)
+        m[1] for page in PAGES for m in re.finditer(r"^\$ oftsurgery ([\w-]+)", page.read_text("utf-8"), re.MULTILINE)
     }
     actions = cli.command_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert shown == set(actions) - {"merge"}  # which is `fold`

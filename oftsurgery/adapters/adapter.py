@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,6 +91,13 @@ class OFTAdapter:
             if r.scale is not None:
                 parts[f"{path}\0scale"] = r.scale
         object.__setattr__(self, "fingerprint", hash_tensors(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # read-only mappings cannot be pickled (multiprocessing, concurrent.futures)
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        plain = {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in given.items()}
+        make: Callable[..., OFTAdapter] = type(self)
+        return partial(make, **plain), ()
 
     def at_strength(self, strength: float, mode: StrengthMode = "angle") -> OFTAdapter:
         """The adapter at another strength, as ``fold(…, strength=…, strength_mode=…)`` folds the adapter.

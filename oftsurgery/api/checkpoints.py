@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -19,6 +20,7 @@ from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
+from oftsurgery.folding.disk_tasks import Engine
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
 from oftsurgery.folding.pipelines import PipelinePlan, run_pipeline
 from oftsurgery.folding.remembered import plan_remembered
@@ -44,7 +46,9 @@ from .arguments import (
     tokenizer_choice,
     usable_device,
 )
+from .elsewhere import here, with_links
 from .fold_settings import FoldSettings
+from .opened_executor import opened_executor
 from .pipelines import plan_pipeline, plan_pipeline_back
 from .trained_on import as_trained, check_said
 
@@ -124,6 +128,7 @@ def fold_checkpoint(
     strength_mode: StrengthMode = "angle",
     follow_links: bool = False,
     device: str = "cpu",
+    executor: Executor | Literal["ray"] | None = None,
     resume: bool = False,
     force: bool = False,
     progress: bool | Progress = False,
@@ -183,6 +188,10 @@ def fold_checkpoint(
         follow_links: read files that are links, wherever the links lead. Otherwise the rules of
             :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
+        executor: who computes: any ``concurrent.futures.Executor`` whose workers see the same files at the same paths, such as a
+            ``ProcessPoolExecutor`` that starts its workers with ``spawn``, or Dask's ``client.get_executor()``; ``"ray"`` for
+            :class:`~oftsurgery.RayExecutor`. The output, the record and the undo record are the same bytes. A task that is lost
+            with its worker is given again. ``device`` is then a device of the workers. None: this process.
         resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
         progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
@@ -195,6 +204,7 @@ def fold_checkpoint(
             used; nothing was written.
         CalibrationError: there are no texts or no tokenizer, or transformers does not know the model.
         DiskError: the disk is full, read-only or in use; finished work waits to be resumed.
+        EngineError: the ``executor`` has lost its workers; finished work waits to be resumed.
     Warns:
         RoundingWarning and the others of :func:`fold`.
     """
@@ -219,11 +229,25 @@ def fold_checkpoint(
         strength=strength,
         strength_mode=strength_mode,
     )
-    usable_device(device)
-    with links_followed(follow_links):
+    if executor is None:
+        usable_device(device)
+    if executor is not None and mode == "calibrated":
+        raise StateError(
+            "a calibration runs the model block by block in one process, and an executor was given",
+            remedy="leave out executor=…, or leave out the calibration: the rounding 'preserve' needs no data",
+        )
+    with links_followed(follow_links), opened_executor(executor) as workers:
+        if workers is not None and source is None:
+            source = named_base(loaded_adapters(adapter))
         plan = plan_fold(source, adapter, settings)
+        engine = None
+        if workers is not None:
+            again = functools.partial(plan_fold, here(source), here(adapter), here(settings))
+            engine = Engine(workers, functools.partial(with_links, follow_links, again, device), device)
         if isinstance(plan, PipelinePlan):
-            return _fold_pipeline(plan, Path(destination), device, resume=resume, force=force, progress=progress)
+            return _fold_pipeline(
+                plan, Path(destination), device, engine, resume=resume, force=force, progress=progress
+            )
         texts = None
         if mode == "calibrated":
             from oftsurgery.calibrate.sources import source_of  # a fold without a calibration runs no model
@@ -245,6 +269,7 @@ def fold_checkpoint(
                 force=force,
                 progress=beside.bytes,
                 calibrate=calibrate,
+                write_shards=None if engine is None else engine.writer(),
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record
@@ -254,13 +279,22 @@ def _fold_pipeline(
     plan: PipelinePlan,
     destination: Path,
     device: str,
+    engine: Engine | None,
     *,
     resume: bool,
     force: bool,
     progress: bool | Progress,
 ) -> FoldRecord:
     with shown(progress, "fold") as step:
-        record = run_pipeline(plan, destination, device=device, resume=resume, force=force, progress=step)
+        record = run_pipeline(
+            plan,
+            destination,
+            device=device,
+            resume=resume,
+            force=force,
+            progress=step,
+            writer_of=None if engine is None else engine.writer,
+        )
     assert record is not None  # noqa: S101 - a fold has one
     return record
 
@@ -293,6 +327,7 @@ def unfold_checkpoint(
     variant: str | None = None,
     follow_links: bool = False,
     device: str = "cpu",
+    executor: Executor | Literal["ray"] | None = None,
     resume: bool = False,
     force: bool = False,
     progress: bool | Progress = False,
@@ -313,7 +348,7 @@ def unfold_checkpoint(
         undo: the file that ``fold_checkpoint(…, undo=…)`` or :func:`fold` of the same model wrote: the bytes are restored
             exactly, and checked against the hashes in the file.
         rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
-        max_shard_size, component, variant, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
+        max_shard_size, component, variant, follow_links, device, executor, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
         the record of the folds that remain, or None.
@@ -330,29 +365,56 @@ def unfold_checkpoint(
         "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
     )
     check_one_way_back((adapter, base, undo), ways)
-    usable_device(device)
-    with links_followed(follow_links):
-        source = opened_model(folded, variant=variant, component=component)
-        size = parse_size(max_shard_size)
-        if isinstance(source, Pipeline):
-            back = plan_pipeline_back(
-                source,
-                base=None if base is None else opened_pipeline(base, variant),
-                undo=undo,
-                adapters=() if adapter is None else loaded_adapters(adapter),
-                component=component,
-                rounding=rounding,
-                max_shard_bytes=size,
-            )
-            with shown(progress, "unfold") as step:
-                return run_pipeline(back, Path(destination), device=device, resume=resume, force=force, progress=step)
-        if base is not None:
-            plain = opened_base(base, record_beside(source), variant)
-            plan = plan_restore(source, plain, max_shard_bytes=size)
-        elif undo is not None:
-            plan = plan_undo(source, open_undo(Path(undo).expanduser(), record_beside(source)), max_shard_bytes=size)
-        else:
-            assert adapter is not None  # noqa: S101 - checked above
-            plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
+    if executor is None:
+        usable_device(device)
+    settings: dict[str, Any] = {
+        "rounding": rounding,
+        "size": parse_size(max_shard_size),
+        "component": component,
+        "variant": variant,
+    }
+    with links_followed(follow_links), opened_executor(executor) as workers:
+        plan = plan_back(folded, base, adapter, undo, **settings)
+        engine = None
+        if workers is not None:
+            again = functools.partial(plan_back, here(folded), here(base), here(adapter), here(undo), **settings)
+            engine = Engine(workers, functools.partial(with_links, follow_links, again, device), device)
         with shown(progress, "unfold") as step:
-            return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+            how: dict[str, Any] = {"device": device, "resume": resume, "force": force, "progress": step}
+            if isinstance(plan, PipelinePlan):
+                writer_of = None if engine is None else engine.writer
+                return run_pipeline(plan, Path(destination), **how, writer_of=writer_of)
+            write_shards = None if engine is None else engine.writer()
+            return run_plan(plan, Path(destination), **how, write_shards=write_shards)
+
+
+def plan_back(
+    folded: str | PathLike[str],
+    base: str | PathLike[str] | None,
+    adapter: AdapterLike | Sequence[AdapterLike] | None,
+    undo: str | PathLike[str] | None,
+    *,
+    rounding: str,
+    size: int,
+    component: str | None,
+    variant: str | None,
+) -> CheckpointPlan | PipelinePlan:
+    """The plan of :func:`unfold_checkpoint`, which raises the same errors and writes nothing."""
+    source = opened_model(folded, variant=variant, component=component)
+    if isinstance(source, Pipeline):
+        return plan_pipeline_back(
+            source,
+            base=None if base is None else opened_pipeline(base, variant),
+            undo=undo,
+            adapters=() if adapter is None else loaded_adapters(adapter),
+            component=component,
+            rounding=rounding,
+            max_shard_bytes=size,
+        )
+    if base is not None:
+        plain = opened_base(base, record_beside(source), variant)
+        return plan_restore(source, plain, max_shard_bytes=size)
+    if undo is not None:
+        return plan_undo(source, open_undo(Path(undo).expanduser(), record_beside(source)), max_shard_bytes=size)
+    assert adapter is not None  # noqa: S101 - the caller has checked it
+    return plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)

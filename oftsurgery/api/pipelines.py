@@ -9,7 +9,6 @@ from pathlib import Path
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.extract_adapters import ExtractedAdapter
 from oftsurgery.checks.pipeline_files import compare_files, joined_reports
 from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint
@@ -77,29 +76,26 @@ def _undos(path: Path, models: Mapping[str, Checkpoint], component: str | None) 
     return {own[0] if own else next(iter(models)): record}  # where the record is of no model, the plan says so
 
 
-def compare_pipelines(
-    folded: Pipeline,
-    base: Pipeline,
-    adapters: Sequence[OFTAdapter],
-    component: str | None,
-    check: Callable[[Checkpoint, Checkpoint, Sequence[OFTAdapter]], CheckpointReport],
-) -> CheckpointReport:
-    """:func:`~oftsurgery.verify_checkpoint` of a pipeline with its base and adapters; ``check`` checks one model. The other files
-    must be those of the base.
-    """
+def compared_models(
+    folded: Pipeline, base: Pipeline, adapters: Sequence[OFTAdapter], component: str | None
+) -> dict[str, tuple[Checkpoint, Checkpoint, Sequence[OFTAdapter]]]:
+    """``{component: (folded model, model of the base, its adapters)}``."""
     parts = split_adapters(adapters, _stores(base.models), component)
-    reports = {name: check(_same_model(folded, name), base.models[name], own) for name, own in parts.items()}
+    return {name: (_same_model(folded, name), base.models[name], own) for name, own in parts.items()}
+
+
+def report_of_pipeline(folded: Pipeline, base: Pipeline, reports: Mapping[str, CheckpointReport]) -> CheckpointReport:
+    """The reports of a pipeline's models as one. The other files must be those of the base."""
     joined = joined_reports(reports)
     return replace(joined, files={**joined.files, **compare_files(folded, base, reports)})
 
 
-def extract_from_pipelines(
-    base: Pipeline,
-    merged: Pipeline,
-    component: str | None,
-    extract: Callable[[Checkpoint, Checkpoint], ExtractedAdapter],
-) -> ExtractedAdapter:
-    """:func:`~oftsurgery.extract_checkpoint` of one model of a pipeline: of ``component``, or of the only model that differs."""
+def differing_models(base: Pipeline, merged: Pipeline, component: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """The model ``component`` of two pipelines, or the only model that differs.
+
+    Raises:
+        StateError: no model differs, or several do.
+    """
     if component is None:
         differ = [
             name for name, model in merged.models.items() if name in base.models and _differ(base.models[name], model)
@@ -108,7 +104,7 @@ def extract_from_pipelines(
             what = f"{len(differ)} models of the pipelines differ: {', '.join(map(printable, differ)) or 'none'}"
             raise StateError(what, path=merged.folder, remedy=f"{_CHOOSE}; an adapter is extracted from one model")
         component = differ[0]
-    return extract(_same_model(base, component), _same_model(merged, component))
+    return _same_model(base, component), _same_model(merged, component)
 
 
 def folded_models(pipeline: Pipeline, component: str | None) -> dict[str, Checkpoint]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_files import check_files
@@ -13,6 +14,8 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
+
+from .opened_executor import opened_executor
 
 if TYPE_CHECKING:
     from .arguments import AdapterLike
@@ -28,6 +31,7 @@ def verify_checkpoint(
     component: str | None = None,
     variant: str | None = None,
     follow_links: bool = False,
+    executor: Executor | Literal["ray"] | None = None,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk, by other code than the fold's.
 
@@ -54,7 +58,7 @@ def verify_checkpoint(
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
         component: the model of a pipeline to check; None: all models that carry a fold, and the other files.
-        variant, follow_links: as for :func:`fold_checkpoint`.
+        variant, follow_links, executor: as for :func:`fold_checkpoint`.
 
     Returns:
         a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
@@ -77,12 +81,19 @@ def verify_checkpoint(
     if base is None and texts is not None:
         message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
         raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
-    with links_followed(follow_links):
+    with links_followed(follow_links), opened_executor(executor) as workers:
         folder = Path(folded).expanduser() if is_single_file(folded) else find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
-            return check_files(folder if component is None else folder / component)
+            return check_files(folder if component is None else folder / component, workers)
         from .comparisons import compare_with_base  # imports torch
 
         return compare_with_base(
-            folder, base, adapter, texts=texts, tolerance=tolerance, component=component, variant=variant
+            folder,
+            base,
+            adapter,
+            texts=texts,
+            tolerance=tolerance,
+            component=component,
+            variant=variant,
+            executor=workers,
         )

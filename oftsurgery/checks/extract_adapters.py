@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,7 @@ from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of, tensors_in
 from oftsurgery.stores.peft_live import LiveAdapters
+from oftsurgery.tasks import again, mapped, slices
 from oftsurgery.weights.extract import (
     ExtractedRotation,
     block_size_curve,
@@ -82,7 +87,7 @@ class ExtractedAdapter(OFTAdapter):
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """One weight in both models; ``read`` gives the base's and the merged one."""
 
     path: str
@@ -90,43 +95,69 @@ class _Pair:
     read: Callable[[], tuple[EncodedWeight, EncodedWeight]]
 
 
+def turned(pair: Pair) -> tuple[int, int] | Literal["no", "other shapes"]:
+    """The shape of a weight that a rotation may have changed; else what is the case."""
+    with module_in_errors(pair.path):
+        base, merged = pair.read()
+        if base.format.shape != merged.format.shape:
+            return "other shapes"
+        return "no" if unrotated(base, merged) else (base.format.shape[0], base.format.shape[1])
+
+
+def extracted(pair: Pair, block_size: int) -> ExtractedRotation:
+    """The rotation of one weight."""
+    with module_in_errors(pair.path):
+        return extract_encoded(*pair.read(), block_size, embedding=pair.embedding)
+
+
+#: functions of pairs, given as (pair, further arguments); they give the results in order
+TurnedOf = Callable[[Sequence[Pair]], Iterable[tuple[int, int] | str]]
+ExtractedOf = Callable[[Sequence[tuple[Pair, int]]], Iterable[ExtractedRotation]]
+
+
+def _all_turned(pairs: Sequence[Pair]) -> Iterator[tuple[int, int] | str]:
+    return map(turned, pairs)
+
+
+def _all_extracted(pairs: Sequence[tuple[Pair, int]]) -> Iterator[ExtractedRotation]:
+    return starmap(extracted, pairs)
+
+
 def _extract(
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     differing: Iterator[str],
     block_size: int | None,
     base_name: str | None,
     progress: Progress | None,
+    turned_of: TurnedOf = _all_turned,
+    extracted_of: ExtractedOf = _all_extracted,
 ) -> ExtractedAdapter:
     """One adapter from pairs of all weights that a rotation may have changed, with one pair in memory at a time;
     ``differing`` names other tensors that differ.
     """
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
-    for pair in pairs:
-        with module_in_errors(pair.path):
-            base, merged = pair.read()
-            if base.format.shape != merged.format.shape:
-                unexplained.append(pair.path)
-            elif not unrotated(base, merged):
-                changed[pair.path] = (base.format.shape[0], base.format.shape[1])
+    for pair, found in zip(pairs, turned_of(pairs), strict=True):
+        if isinstance(found, tuple):
+            changed[pair.path] = found
+        elif found == "other shapes":
+            unexplained.append(pair.path)
     unexplained += differing
-    turned = [pair for pair in pairs if pair.path in changed]
-    if not turned:
+    rotated = [pair for pair in pairs if pair.path in changed]
+    if not rotated:
         others = f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
         remedy = "give the base first, then the model into which an adapter was merged"
         raise ExtractionError(f"no weight of the merged model is rotated{others}", remedy=remedy)
-    sizes = _detect(turned, changed) if block_size is None else {}
+    sizes = _detect(rotated, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
-    for done, pair in enumerate(turned, start=1):
-        with module_in_errors(pair.path):
-            size = sizes[changed[pair.path][1]] if block_size is None else block_size
-            found = extract_encoded(*pair.read(), size, embedding=pair.embedding)
-        if found.explained > 0 or block_size is not None:
-            report[pair.path] = found
+    sized = [(pair, sizes[changed[pair.path][1]] if block_size is None else block_size) for pair in rotated]
+    for done, ((pair, _), rotation) in enumerate(zip(sized, extracted_of(sized), strict=True), start=1):
+        if rotation.explained > 0 or block_size is not None:
+            report[pair.path] = rotation
         else:
             unexplained.append(pair.path)
         if progress is not None:
-            progress(done, len(turned), pair.path)
+            progress(done, len(rotated), pair.path)
     adapter = ExtractedAdapter(
         modules={path: r.rotation for path, r in report.items()},
         config={"peft_type": "OFT", "base_model_name_or_path": base_name, "bias": "none"},
@@ -138,7 +169,7 @@ def _extract(
     return adapter
 
 
-def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
+def _detect(pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
     """``{input features: block size}``, since peft gives all layers of one width the same block size."""
     found: dict[int, int] = {}
     unsure: dict[int, ExtractionError] = {}
@@ -219,7 +250,7 @@ def extract_from_models(
         if other is None:
             message = "the merged model lacks a layer of the base"
             raise MatchError(message, module=path, remedy="give two models of the same class")
-        pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
+        pairs.append(Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
     return _extract(pairs, _differing(tensors_in(here), tensors_in(there), covered), block_size, name_or_path, progress)
@@ -242,24 +273,70 @@ def extract_from_checkpoints(
     *,
     base_name: str | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
+    begin: bytes = b"",
 ) -> ExtractedAdapter:
-    """:func:`oftsurgery.extract_checkpoint`."""
+    """:func:`oftsurgery.extract_checkpoint`.
+
+    Args:
+        executor: who reads and extracts; None: this process.
+        begin: the pickled function by which the executor's workers find the pairs (:func:`pairs_of`).
+    """
     here, there = FolderStore(base), FolderStore(merged)
+    own = _located(here, there)
+    pairs = _pairs_on_disk(here, there, own)
+    differing = _differing_on_disk(here, there, own)
+    if executor is None:
+        return _extract(pairs, differing, block_size, base_name, progress)
+    sizes = {pair.path: math.prod(here.shape(f"{pair.path}.weight")) for pair in pairs}
+
+    def by_tasks(function: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        parts = slices([2 * sizes[path] for path, *_ in given])
+        tasks = [(begin, function, [given[i] for i in part]) for part in parts]
+        return itertools.chain.from_iterable(mapped(executor, _of_pairs, tasks))
+
+    return _extract(
+        pairs,
+        differing,
+        block_size,
+        base_name,
+        progress,
+        lambda pairs: by_tasks(turned, [(pair.path,) for pair in pairs]),
+        lambda sized: by_tasks(extracted, [(pair.path, size) for pair, size in sized]),
+    )
+
+
+def _of_pairs(begin: bytes, function: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The results of ``function`` for pairs, which a worker finds by their paths."""
+    pairs: dict[str, Pair] = again(begin)
+    return [function(pairs[path], *rest) for path, *rest in given]
+
+
+def pairs_of(base: Checkpoint, merged: Checkpoint) -> dict[str, Pair]:
+    """``{module path: pair}`` of two checkpoints."""
+    here, there = FolderStore(base), FolderStore(merged)
+    return {pair.path: pair for pair in _pairs_on_disk(here, there, _located(here, there))}
+
+
+def _located(here: FolderStore, there: FolderStore) -> dict[str, str]:
+    """``{weight of the base: its name in the merged checkpoint}``."""
     names = [n for n in here.tensors if n.endswith(".weight") and here.is_weight(n)]
     found = there.locate(names)
     missing = [n for n in names if n not in found]
     if missing:
         message = "the merged checkpoint lacks a weight of the base"
         raise MatchError(
-            message, tensor=missing[0], path=merged.folder, remedy="give two checkpoints of the same model"
+            message, tensor=missing[0], path=there.source.folder, remedy="give two checkpoints of the same model"
         )
     # a tied head counts only where a fold untied the head
-    own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
-    pairs = [
-        _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
+    return {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
+
+
+def _pairs_on_disk(here: FolderStore, there: FolderStore, own: Mapping[str, str]) -> list[Pair]:
+    return [
+        Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
         for n, other in own.items()
     ]
-    return _extract(pairs, _differing_on_disk(here, there, own), block_size, base_name, progress)
 
 
 def _read_pair(here: FolderStore, name: str, there: FolderStore, other: str) -> tuple[EncodedWeight, EncodedWeight]:

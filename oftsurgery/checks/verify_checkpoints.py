@@ -8,8 +8,8 @@ each tensor.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
@@ -27,10 +26,12 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
 from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_beside
+from oftsurgery.records.record_file import record_beside
+from oftsurgery.tasks import again, mapped, slices
 
 from . import measures
 from .adapter_effects import AdapterEffects
+from .base_loading import Loading, dtype_in_config
 from .checkpoint_report import CheckpointReport, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
 from .verify_files import file_checks
@@ -45,6 +46,8 @@ def check_checkpoint(
     tolerance: float | None = None,
     idle: Callable[[Any, str], bool] | None = None,
     on_texts: Callable[[Any], VerifyReport] | None = None,
+    executor: Executor | None = None,
+    begin: bytes = b"",
 ) -> CheckpointReport:
     """Compare every tensor of the folded model with the live result of base and adapters.
 
@@ -56,13 +59,45 @@ def check_checkpoint(
         tolerance: largest relative error of a rotated weight that passes; None: the error of storing the exact weight.
         idle: ``(model, path) -> bool``, whether the model never calls a module, whose rotation then has no effect.
         on_texts: function that compares the outputs, from the way in which the base was loaded (its attributes are those of
-            ``_Loading``); None to compare the weights alone.
+            ``Loading``); None to compare the weights alone.
+        executor: who compares; None: this process.
+        begin: the pickled function by which the executor's workers begin the comparison.
 
     Raises:
         MatchError, ShapeError: base and adapters do not belong together.
         StateError: the adapters have no rotation.
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
+    comparison = begin_comparison(folded, base, adapters, tolerance=tolerance, idle=idle)
+    record, before, after = comparison.record, comparison.base, comparison.folded
+    parts = [[comparison.names[i] for i in part] for part in slices(comparison.sizes)]
+    for found in (
+        [comparison.found(comparison.names)]
+        if executor is None
+        else mapped(executor, _found_again, [(begin, part) for part in parts])
+    ):
+        comparison.take(found)
+    tensors = MappingProxyType(comparison.tensors)
+    files = file_checks(folded.folder, record, executor) if record is not None else {}
+    flags, now = before.tie_readers(), after.tie_readers()
+    turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
+    config = None
+    if turned:
+        config = f"`tie_word_embeddings` is not the source's value, and {turned[0]} therefore computes something else"
+    report = CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+    report = report if on_texts is None else replace(report, on_texts=on_texts(comparison.loading))
+    return replace(report, remedies=comparison.remedies()) if report.weak else report
+
+
+def begin_comparison(
+    folded: Checkpoint,
+    base: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    *,
+    tolerance: float | None,
+    idle: Callable[[Any, str], bool] | None,
+) -> Comparison:
+    """The comparison before any tensor is read; the arguments and errors are those of :func:`check_checkpoint`."""
     if folded.wrapped:
         message = "the names of the folded checkpoint's tensors hold segments of wrappers, so transformers finds none of the tensors"
         raise CheckpointError(
@@ -72,25 +107,21 @@ def check_checkpoint(
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_beside(folded)
     adapters = _at_recorded_strength(adapters, record)
-    loading = _Loading(record, folded, base)
+    loading = Loading(record, folded, base)
     base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
     before = LoadedCheckpoint(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
     before = LoadedCheckpoint(base, loading.dtype, apart) if apart else before
     after = LoadedCheckpoint(folded, apart=frozenset(before.apart))
-    comparison = _Comparison(before, after, AdapterEffects(before, adapters, idle), loading, record, tolerance)
-    names = [n for n in {**before.sources, **after.sources} if n not in before.left_out | other_head]
-    tensors = MappingProxyType({name: comparison.check(name) for name in names})
-    files = file_checks(folded.folder, record) if record is not None else {}
-    flags, now = before.tie_readers(), after.tie_readers()
-    turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
-    config = None
-    if turned:
-        config = f"`tie_word_embeddings` is not the source's value, and {turned[0]} therefore computes something else"
-    report = CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
-    report = report if on_texts is None else replace(report, on_texts=on_texts(loading))
-    return replace(report, remedies=comparison.remedies()) if report.weak else report
+    names = tuple(n for n in {**before.sources, **after.sources} if n not in before.left_out | other_head)
+    return Comparison(before, after, AdapterEffects(before, adapters, idle), loading, record, tolerance, names)
+
+
+def _found_again(begin: bytes, names: Sequence[str]) -> Found:
+    """What a worker finds of the tensors ``names``."""
+    comparison: Comparison = again(begin)
+    return comparison.found(names)
 
 
 def _at_recorded_strength(adapters: Sequence[OFTAdapter], record: FoldRecord | None) -> Sequence[OFTAdapter]:
@@ -128,59 +159,51 @@ def _other_labels(folded: Checkpoint, base: Checkpoint) -> bool:
     return labels[0] != labels[1]
 
 
-class _Loading:
-    """How a plain base was loaded before its rotation, from the record, or else from the folded checkpoint's formats.
-
-    Attributes:
-        dtype: the dtype in which the base was loaded.
-        cast: whether the base was cast to this dtype; a fold on disk casts only where it quantises.
-        cast_rotated: whether rotated weights were cast too; a fold on disk rotates the original weights as they are stored.
-        codec: the quantisation of the base; ``"stored"`` for the format of each stored weight; None for no quantisation.
-        format: the format of a plain base's weights that were quantised first and are stored in another format now; None where
-            no format is recorded.
-        skip: ``llm_int8_skip_modules``.
-        original: whether rotated weights were not quantised first.
+@dataclass(frozen=True)
+class Found:
+    """What a comparison has found of some tensors, as in a :class:`CheckpointReport`; and the formats of the rotated weights: the
+    base's, whether the base was quantised first, and the folded weight's.
     """
 
-    def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
-        # a fold of a model in memory that changes no format says nothing of how the model was loaded
-        said = record.base if record is not None and "fold_into" in record.base else {}
-        stored = next((DTYPES[e.dtype] for e in base.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
-        in_memory = _dtype_named(said.get("loaded"))
-        self.dtype = (
-            in_memory or _dtype_named(said.get("dtype")) or _dtype_in_config(base if said else folded) or stored
-        )
-        dense = not _is_quantised(folded)
-        self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
-        self.cast_rotated = in_memory is not None or said.get("fold_into") != "original"
-        self.cast = self.codec is not None or in_memory is not None or (record is not None and not said)
-        blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
-        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec not in (None, "stored") else None
-        self.original = said.get("fold_into") == "original"
-        try:
-            self.skip = json.loads(said.get("skip_modules") or "null")
-        except ValueError as error:
-            message, remedy = (
-                "the record's `skip_modules` is not valid JSON",
-                f"restore the {RECORD} that the fold wrote",
-            )
-            raise CheckpointError(message, path=folded.folder, remedy=remedy) from error
+    tensors: Mapping[str, TensorCheck]
+    modules: Mapping[str, WeightCheck]
+    formats: Mapping[str, tuple[WeightFormat, bool, WeightFormat]]
 
 
 @dataclass
-class _Comparison:
+class Comparison:
     """The comparison, which takes one tensor after the other and holds one converted group at a time."""
 
     base: LoadedCheckpoint
     folded: LoadedCheckpoint
     live: AdapterEffects
-    loading: _Loading
+    loading: Loading
     record: FoldRecord | None
     tolerance: float | None
+    names: tuple[str, ...]
+    tensors: dict[str, TensorCheck] = field(default_factory=dict)
     modules: dict[str, WeightCheck] = field(default_factory=dict)
     done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for tied tensors
     formats: dict[str, tuple[WeightFormat, bool, WeightFormat]] = field(default_factory=dict)
     exact: dict[str, Tensor] = field(default_factory=dict)  # of weights whose group is rotated already
+
+    @property
+    def sizes(self) -> list[int]:
+        """The stored bytes of each tensor of the folded checkpoint; a tensor that is tied to another one has none."""
+        entries = self.folded.checkpoint.entries
+        stored = [self.folded.sources.get(name) for name in self.names]
+        return [entries[n].nbytes if n is not None and n in entries else 0 for n in stored]
+
+    def found(self, names: Sequence[str]) -> Found:
+        """What is found of the tensors ``names``."""
+        self.modules, self.formats = {}, {}
+        tensors = {name: self.check(name) for name in names}
+        return Found(tensors, self.modules, self.formats)
+
+    def take(self, found: Found) -> None:
+        self.tensors |= found.tensors
+        self.modules |= found.modules
+        self.formats |= found.formats
 
     def remedies(self) -> tuple[str, ...]:
         """What helps where the weights keep too little of the adapter, from the record or else from the worst weight."""
@@ -392,7 +415,7 @@ class _Comparison:
 
     def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype, or None: the source's dtype and the config's are both right."""
-        fine = {_dtype_in_config(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
+        fine = {dtype_in_config(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
         fine |= set() if before.weight.format.quantised else {before.weight.format.dtype}
         return (
             None
@@ -436,23 +459,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def _is_quantised(checkpoint: Checkpoint) -> bool:
-    return any(".quant_state.bitsandbytes__" in n or n.endswith(".SCB") for n in checkpoint.entries)
-
-
-def _dtype_in_config(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that a config names; for diffusers, whose configs name none, the dtype of the most bytes of plain floats."""
-    if "_class_name" in checkpoint.config:
-        held: dict[torch.dtype, int] = {}
-        for name, entry in checkpoint.entries.items():
-            if DTYPES[entry.dtype] in FLOATS and name.rpartition(".")[2] in ("weight", "bias"):
-                held[DTYPES[entry.dtype]] = held.get(DTYPES[entry.dtype], 0) + entry.nbytes
-        return max(held, key=lambda dtype: held[dtype], default=None)
-    return _dtype_named(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
-
-
-def _dtype_named(name: object) -> torch.dtype | None:
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, torch.dtype) else None

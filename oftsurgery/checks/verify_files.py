@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,11 +12,12 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, records_in
+from oftsurgery.tasks import mapped
 
 from .checkpoint_report import CheckpointReport, FileCheck
 
 
-def check_files(folder: Path) -> CheckpointReport:
+def check_files(folder: Path, executor: Executor | None = None) -> CheckpointReport:
     """Compare a folder's files, or a single file, with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
 
     Raises:
@@ -32,16 +34,18 @@ def check_files(folder: Path) -> CheckpointReport:
         remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
         raise StateError(message, path=folder, remedy=remedy)
     return CheckpointReport(
-        MappingProxyType({}), None, file_checks(folder.parent if folder.is_file() else folder, record)
+        MappingProxyType({}), None, file_checks(folder.parent if folder.is_file() else folder, record, executor)
     )
 
 
-def file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
-    """The state of each file that the record names, by the recorded hashes."""
-    found: dict[str, FileCheck] = {}
-    for name, sha256 in sorted(record.files.items()):
-        if is_nested_name(name) and not os.path.lexists(folder / name):
-            found[name] = "missing"
-        else:  # `inside` refuses a name or a link that leaves the folder
-            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
-    return MappingProxyType(found)
+def file_checks(folder: Path, record: FoldRecord, executor: Executor | None = None) -> Mapping[str, FileCheck]:
+    """The state of each file that the record names, by the recorded hashes, which the ``executor`` computes if there is one."""
+    there = [n for n in sorted(record.files) if not (is_nested_name(n) and not os.path.lexists(folder / n))]
+    # `inside` refuses a name or a link that leaves the folder
+    paths = [(inside(folder, name, nested=True).absolute(),) for name in there]
+    hashes = dict(zip(there, mapped(executor, sha256_of, paths), strict=True))
+    states: dict[str, FileCheck] = {
+        n: "missing" if n not in hashes else "ok" if hashes[n] == record.files[n] else "changed"
+        for n in sorted(record.files)
+    }
+    return MappingProxyType(states)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -151,6 +152,24 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
     },
     "--device": {"default": "cpu", "help": "device for the arithmetic (default: %(default)s)"},
+    "--ray": {
+        "nargs": "?",
+        "const": "",
+        "metavar": "ADDRESS",
+        "help": "give the work to Ray: the cluster at ADDRESS, or without ADDRESS that of RAY_ADDRESS or a new one on this machine",
+    },
+    "--cpus-per-task": {
+        "type": float,
+        "default": 1.0,
+        "metavar": "N",
+        "help": "processors of each of Ray's tasks, and threads of its arithmetic (default: 1)",
+    },
+    "--gpus-per-task": {
+        "type": float,
+        "default": 0.0,
+        "metavar": "N",
+        "help": "GPUs of each of Ray's tasks; with --device cuda the arithmetic runs on the task's GPU (default: 0)",
+    },
     "--resume": switch("continue the unfinished work of a run that was killed"),
     "--force": switch("replace the output folder, but only after everything is written"),
     "--dry-run": switch("show the plan and write nothing"),
@@ -194,6 +213,7 @@ FOLDING_FLAGS = (
     *READING_FLAGS,
 )
 RUNNING_FLAGS = ("--device", "--resume", "--force")
+RAY_FLAGS = ("--ray", "--cpus-per-task", "--gpus-per-task")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 
 
@@ -312,6 +332,19 @@ def adapters_of(args: argparse.Namespace) -> list[Any]:
     if all(value is None for value in how.values()):
         return given
     return [oftsurgery.load_adapter(adapter, **how) for adapter in given]
+
+
+@contextmanager
+def executor_of(args: argparse.Namespace) -> Iterator[Any]:
+    """The executor that a command was told to give its work to, or None."""
+    if getattr(args, "ray", None) is None:
+        yield None
+        return
+    from oftsurgery.ray_executor import RayExecutor
+
+    how = keywords(args, "cpus_per_task", "gpus_per_task")
+    with RayExecutor(args.ray or None, **how) as executor:
+        yield executor
 
 
 def keywords(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -23,6 +23,11 @@ def links_followed(yes: bool) -> Iterator[None]:
         _ALL.reset(token)
 
 
+def following_links() -> bool:
+    """Whether the code that runs follows all links."""
+    return _ALL.get()
+
+
 def check_link(folder: Path, name: str, *, own: bool) -> None:
     """Refuse the file ``name`` of ``folder`` if the file is a link that no rule follows.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
@@ -28,6 +29,8 @@ from .writing import (
 )
 
 _STATE = ".state.json"
+#: end of the name of the folder with the notes about the parts of a shard, which lies beside the shard
+PARTS = ".parts"
 
 
 @dataclass(eq=False)
@@ -101,7 +104,7 @@ class Staging:
         if self._finishing is not None:
             self._finishing.exception()  # waits: the run's error has not made the last whole shard worthless
         self._threads.shutdown()
-        if self._ours and not (self.resumable and self.state["shards"]):
+        if self._ours and not (self.resumable and (self.state["shards"] or self._parts())):
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             # the lock is still held here: a run that opened the lock's file before sees the removal and tries again
@@ -156,13 +159,14 @@ class Staging:
             return
         self.state = state
         self._ours = True
+        parts = self._parts()
         # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
         for path in sorted(self.folder.rglob("*"), reverse=True):
             name = path.relative_to(self.folder).as_posix()
             if path.is_dir() and not path.is_symlink():
                 with contextlib.suppress(OSError):  # the folder is not empty
                     path.rmdir()
-            elif name != _STATE and name not in state["shards"]:
+            elif name != _STATE and name not in state["shards"] and name not in parts:
                 path.unlink()
         for name, shard in list(state["shards"].items()):
             path = self.folder / name
@@ -170,6 +174,16 @@ class Staging:
                 path.unlink(missing_ok=True)
                 del state["shards"][name]
         self._save_state()
+
+    def _parts(self) -> set[str]:
+        """The names of unfinished shards of which parts are written, of what belongs to them, and of the notes about these parts."""
+        found = set()
+        for folder in self.folder.rglob(f"*.safetensors{PARTS}"):
+            shard = folder.relative_to(self.folder).as_posix().removesuffix(PARTS)
+            if shard not in self.state["shards"] and not folder.is_symlink():
+                beside = [self.folder / shard, *folder.parent.glob(f"{glob.escape(folder.stem)}.*"), *folder.iterdir()]
+                found |= {path.relative_to(self.folder).as_posix() for path in beside if path.is_file()}
+        return found
 
     def _start_anew(self) -> None:
         """Empty the folder."""
@@ -180,6 +194,8 @@ class Staging:
 
     def _check_space(self) -> None:
         there = sum((self.folder / name).stat().st_size for name in self.state["shards"])
+        # a shard that is written in parts has holes
+        there += sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in map(self.folder.joinpath, self._parts()))
         free = shutil.disk_usage(self.folder).free
         needed = self.needed - there
         if needed > free:
@@ -224,6 +240,20 @@ class Staging:
             synced.result()
             self.state["shards"][name] = entry
             self._save_state()
+
+    def note(self, name: str, facts: Mapping[str, Any], sha256: str) -> None:
+        """Note that the shard ``name``, whose bytes are on the disk, is whole, and drop the notes about its parts."""
+        self.settle()
+        self.state["shards"][name] = {"facts": dict(facts), "sha256": sha256}
+        self._save_state()
+        self.drop_parts(name)
+
+    def drop_parts(self, name: str, *, unfinished: bool = False) -> None:
+        """Remove the notes about the parts of the shard ``name``, and the shard too where it is ``unfinished``."""
+        with disk_errors(self.folder):
+            shutil.rmtree(self.folder / f"{name}{PARTS}", ignore_errors=True)
+            if unfinished:
+                (self.folder / name).unlink(missing_ok=True)
 
     def settle(self) -> None:
         """Wait until the last shard given to :meth:`finish` is noted.
@@ -318,6 +348,37 @@ class Staging:
             self._recover()
 
 
+def shared_folder(destination: Path, key: str, mark: str) -> Path:
+    """The folder of an unfinished output in which several processes write parts of shards; :class:`Staging`, with ``resume``, takes
+    the folder over when all parts are there.
+
+    Args:
+        key: as for :class:`Staging`.
+        mark: the end of a temporary file's name, which no other process uses.
+
+    Raises:
+        StateError: unfinished work of another key is there.
+    """
+    folder = destination.parent / f".{destination.name}.oftsurgery"
+    state = folder / _STATE
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not state.is_file():
+            with Replacement(state, mark) as new:
+                write_synced(new.beside, json.dumps({"key": key, "shards": {}}).encode())
+                new.put()
+    found: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        found = read_json(state)
+    if found.get("key") != key:
+        raise StateError(
+            "the unfinished work has other inputs or settings",
+            path=folder,
+            remedy="give all slices the same inputs and settings; or remove the folder, and start all slices again",
+        )
+    return folder
+
+
 class Below(Staging):
     """The folder ``place`` of an unfinished output, as if this folder were an output of its own; the whole output alone is
     entered and published.
@@ -336,6 +397,9 @@ class Below(Staging):
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
         self._whole.finish(self._place + name, facts)
+
+    def note(self, name: str, facts: Mapping[str, Any], sha256: str) -> None:
+        self._whole.note(self._place + name, facts, sha256)
 
     def settle(self) -> None:
         self._whole.settle()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ from oftsurgery.weights.fold import fold_encoded
 from . import engine
 from .disk_jobs import Job, Part
 from .disk_plan import CheckpointPlan
-from .folder_writer import Item, Shard, write_other_files, write_shard
+from .folder_writer import Item, Shard, write_items, write_other_files
 from .quantised_first import facts_of_quantization
 from .single_file_writer import check_single_destination, publish_single_file, with_sizes
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
+
+#: function that writes shards of a run into an unfinished output, and gives the run the facts of each
+WriteShards = Callable[["Run", Sequence[Shard], Staging], None]
 
 
 def run_plan(
@@ -53,12 +56,13 @@ def run_plan(
     force: bool = False,
     progress: Progress | None = None,
     calibrate: Callable[[Staging], InputsOf] | None = None,
+    write_shards: WriteShards | None = None,
 ) -> FoldRecord | None:
     """Carry out ``plan``; the rounding is calibrated where ``calibrate`` gives the function from a layer's path to its inputs.
 
     Everything is written into ``.<name>.oftsurgery`` beside ``destination``; after all warnings, one rename makes this
     folder the destination. After an error or a kill the folder stays, and ``resume=True`` continues after the last whole
-    shard in the folder, whose hash is checked.
+    shard in the folder, whose hash is checked. ``write_shards`` writes the shards in place of this process.
 
     Returns:
         the record of the new checkpoint, as in its ``oftsurgery.json``; None where the checkpoint carries no fold.
@@ -74,11 +78,23 @@ def run_plan(
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         inputs_of = None if calibrate is None else calibrate(staging)
         record = write_plan(
-            plan, staging, device=device, resume=resume, force=force, progress=progress, inputs_of=inputs_of
+            plan,
+            staging,
+            device=device,
+            resume=resume,
+            force=force,
+            progress=progress,
+            inputs_of=inputs_of,
+            write_shards=write_shards,
         )
-        if plan.source.single:
-            return publish_single_file(staging, plan.shards[0].file, record)
-        staging.publish()
+        return publish(plan, staging, record)
+
+
+def publish(plan: CheckpointPlan, staging: Staging, record: FoldRecord | None) -> FoldRecord | None:
+    """Make the finished output the destination; return the record as it is there."""
+    if plan.source.single:
+        return publish_single_file(staging, plan.shards[0].file, record)
+    staging.publish()
     return record
 
 
@@ -91,14 +107,31 @@ def write_plan(
     force: bool,
     progress: Progress | None,
     inputs_of: InputsOf | None = None,
+    write_shards: WriteShards | None = None,
 ) -> FoldRecord | None:
     """Write everything of ``plan`` into the unfinished output ``staging``, which the caller publishes."""
-    run = _Run(plan, torch.device(device), progress, inputs_of)
-    if resume and plan.undo is not None and plan.undo.is_file():
+    run = Run(plan, torch.device(device), progress, inputs_of)
+    left = begin_run(run, staging, resume=resume)
+    if write_shards is not None:
+        write_shards(run, left, staging)
+    else:
+        for shard in left:
+            run.shard(shard, staging)
+    return finish_run(run, staging, force=force)
+
+
+def begin_run(run: Run, staging: Staging, *, resume: bool) -> list[Shard]:
+    """The shards that are left to write."""
+    undo = run.plan.undo
+    if resume and undo is not None and undo.is_file():
         with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
-            run.written = open_undo(plan.undo)
-    for shard in plan.shards:
-        run.shard(shard, staging)
+            run.written = open_undo(undo)
+    return [shard for shard in run.plan.shards if not run.take_finished(shard, staging)]
+
+
+def finish_run(run: Run, staging: Staging, *, force: bool) -> FoldRecord | None:
+    """Warn, and write what lies beside the shards, which are all written."""
+    plan = run.plan
     record = run.record()
     if not plan.unfolds and record is not None:
         engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
@@ -166,7 +199,7 @@ def fingerprint(plan: CheckpointPlan) -> str:
 
 
 @dataclass(eq=False)
-class _Run:
+class Run:
     """One run of a plan, with its progress and the records of the folded modules."""
 
     plan: CheckpointPlan
@@ -177,8 +210,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.done = 0
         self.total = sum(job.nbytes for job in self.plan.jobs)
-        self.modules: dict[str, ModuleRecord] = {}
-        self.saved: dict[str, str | None] = {}
+        self.facts: dict[str, Mapping[str, Any]] = {}  # of the written shards
         #: name of a part → names of the replaced tensors whose values the part holds
         self.named: dict[str, list[str]] = {}
         held, changes = {part.name for part in self.plan.parts}, self.plan.changes
@@ -192,42 +224,70 @@ class _Run:
         if self.progress is not None:
             self.progress(self.done, self.total, name)
 
-    def shard(self, shard: Shard, staging: Staging) -> None:
-        jobs = [self.plan.jobs[i] for i in shard.items]
+    def take_finished(self, shard: Shard, staging: Staging) -> bool:
+        """Take over the facts of a shard that an earlier run has finished; False for a shard that is to be written."""
         finished = staging.finished(shard.file)
-        lost = self.plan.undo is not None and self.written is None and staging.finished(_undo_part(shard)) is None
+        lost = self.plan.undo is not None and self.written is None and staging.finished(undo_part(shard)) is None
         if finished is not None and lost:  # the shard's part of the undo record
             staging.drop(shard.file)
             finished = None
-        if finished is not None:
-            self.modules |= {path: ModuleRecord.from_dict(m) for path, m in finished.get("modules", {}).items()}
-            self.saved |= finished.get("saved", {})
-            for job in jobs:
-                self.step(_label(job), job.nbytes)
-            return
-        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of, sibling=self._sibling)
-        if self.plan.undo is None:
-            self._write(shard.file, jobs, operation, staging)
-        else:
-            with staging.writing(_undo_part(shard)) as path, path.open("wb") as file:
-                operation.undo = UndoCollector(file)
-                self._write(shard.file, jobs, operation, staging)
-            staging.finish(_undo_part(shard), {"undo": operation.undo.facts})
-        modules = {path: module.to_dict() for path, module in operation.modules.items()}
-        staging.finish(shard.file, {"modules": modules, "saved": operation.saved})
-        self.modules |= operation.modules
-        self.saved |= operation.saved
+        if finished is None:
+            return False
+        self.facts[shard.file] = finished
+        for job in (self.plan.jobs[i] for i in shard.items):
+            self.step(label(job), job.nbytes)
+        return True
 
-    def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
+    @property
+    def modules(self) -> dict[str, ModuleRecord]:
+        """The records of the folded modules, in the order of the plan."""
+        found = [self.facts.get(shard.file, {}).get("modules", {}) for shard in self.plan.shards]
+        return {path: ModuleRecord.from_dict(m) for modules in found for path, m in modules.items()}
+
+    @property
+    def saved(self) -> dict[str, str | None]:
+        found = [self.facts.get(shard.file, {}).get("saved", {}) for shard in self.plan.shards]
+        return {name: before for saved in found for name, before in saved.items()}
+
+    def shard(self, shard: Shard, staging: Staging) -> None:
+        """Write a shard."""
+        with self.opened(shard, staging) as (operation, writer):
+            items = self.items(operation, [self.plan.jobs[i] for i in shard.items])
+            write_items(writer, items, lambda item: self.step(item.name, item.nbytes))
+
+    @contextlib.contextmanager
+    def opened(self, shard: Shard, staging: Staging) -> Iterator[tuple[engine.Operation, ShardWriter]]:
+        """The writer of a shard, which is whole at the end of the body, and the operation that makes the shard's tensors."""
+        staging.drop_parts(shard.file, unfinished=True)
+        outputs = {name: output for i in shard.items for name, output in self.plan.jobs[i].outputs.items()}
+        operation = self.operation()
+        with contextlib.ExitStack() as stack:
+            if self.plan.undo is not None:
+                place = stack.enter_context(staging.writing(undo_part(shard)))
+                operation.undo = UndoCollector(stack.enter_context(place.open("wb")))
+            path = stack.enter_context(staging.writing(shard.file))
+            yield operation, stack.enter_context(ShardWriter(path, outputs, self.metadata))
+        if operation.undo is not None:
+            staging.finish(undo_part(shard), {"undo": operation.undo.facts})
+        self.facts[shard.file] = facts_of(operation)
+        staging.finish(shard.file, self.facts[shard.file])
+
+    def operation(self) -> engine.Operation:
+        return engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of, sibling=self._sibling)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the files of weights."""
         record = self.record()
-        metadata = dict(self.plan.source.metadata) | (
-            {} if record is None else {"oftsurgery": record.header(format=self.plan.format)}
-        )
-        items = [
-            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
+        own = {} if record is None else {"oftsurgery": record.header(format=self.plan.format)}
+        return {**self.plan.source.metadata, **own}
+
+    def items(self, operation: engine.Operation, jobs: Sequence[Job]) -> list[Item]:
+        """What reads, computes and writes ``jobs``."""
+        return [
+            Item(label(job), job.outputs, job.nbytes, partial(self.load, job), partial(self._make, operation, job))
             for job in jobs
         ]
-        write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
 
     def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
         """Join the shards' parts to the undo record at ``path``, unless a killed run has already written the record."""
@@ -236,14 +296,14 @@ class _Run:
         if self.written is None or not self.written.is_of(record):
             with UndoWriter(path, force=force) as writer:
                 for shard in plan.shards:
-                    facts = staging.finished(_undo_part(shard))
+                    facts = staging.finished(undo_part(shard))
                     if facts is None:
                         raise StateError(
                             "the file holds the undo record of another fold, and this fold's undo data are lost",
                             path=path,
                             remedy="start again with another file for the undo record (--undo FILE) and force=True (--force)",
                         )
-                    writer.append(facts["undo"], staging.chunks(_undo_part(shard)))
+                    writer.append(facts["undo"], staging.chunks(undo_part(shard)))
                 tied = plan.store.architecture.tied
                 config = plan.source.config
                 if plan.format != "same":
@@ -259,11 +319,11 @@ class _Run:
                     config=config,
                 )
         for shard in plan.shards:
-            staging.drop(_undo_part(shard))
+            staging.drop(undo_part(shard))
 
     # --- one job ---
 
-    def _load(self, job: Job) -> Any:
+    def load(self, job: Job) -> Any:
         store = job.origin or self.plan.store
         if not job.parts:
             return store.source.chunks(job.name)
@@ -316,7 +376,7 @@ class _Run:
     def _sibling(self, name: str) -> EncodedWeight:
         """The weight ``name`` before the fold, which another weight's rotation needs."""
         job, i = next((job, i) for job in self.plan.jobs for i, part in enumerate(job.parts) if part.name == name)
-        return self._before(job.parts[i], self._load(job)[i])
+        return self._before(job.parts[i], self.load(job)[i])
 
     def _replaced(
         self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
@@ -360,12 +420,20 @@ def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _label(job: Job) -> str:
+def label(job: Job) -> str:
     """The name of a job in messages and bars: the module that is rotated, or the tensor."""
     return next((p.rotate.path for p in job.parts if p.rotate is not None), job.name)
 
 
-def _undo_part(shard: Shard) -> str:
+def facts_of(operation: engine.Operation) -> dict[str, dict[str, Any]]:
+    """The ``modules`` and ``saved`` that an operation has recorded, as plain values."""
+    return {
+        "modules": {path: module.to_dict() for path, module in operation.modules.items()},
+        "saved": dict(operation.saved),
+    }
+
+
+def undo_part(shard: Shard) -> str:
     return f"{shard.file}.undo"
 
 

@@ -85,10 +85,10 @@ class Operation:
     @property
     def modules(self) -> dict[str, ModuleRecord]:
         """``{path: record}`` of the rotated modules."""
-        self._settle(0)
+        self.settle()
         return self._modules
 
-    def _settle(self, left: int) -> None:
+    def settle(self, left: int = 0) -> None:
         """Finish all records but the last few; an unfinished record keeps its weight in memory."""
         while len(self._records) > left:
             path = next(iter(self._records))
@@ -135,7 +135,7 @@ class Operation:
             folded = fold_calibrated(before, chain, into, inputs)
         new = folded.encoded
         self._records[change.path] = end(folded)
-        self._settle(_UNFINISHED)
+        self.settle(_UNFINISHED)
         if self.undo is not None:
             same = None if change.name in self.brought else self.plan.partner(change.name)
             if same is not None:

@@ -78,18 +78,15 @@ def write_shard(
     metadata: Mapping[str, str],
     step: Callable[[Item], None] = lambda _: None,
 ) -> None:
-    """Write one file. Reading, computing and writing overlap; each holds one item at a time.
-
-    Args:
-        step: function that is called after each item.
-    """
+    """Write one file; ``step`` is called after each item."""
     outputs = {name: output for item in items for name, output in item.outputs.items()}
-    with (
-        staging.writing(file) as path,
-        ShardWriter(path, outputs, metadata) as writer,
-        ThreadPoolExecutor(1) as readers,
-        ThreadPoolExecutor(1) as writers,
-    ):
+    with staging.writing(file) as path, ShardWriter(path, outputs, metadata) as writer:
+        write_items(writer, items, step)
+
+
+def write_items(writer: ShardWriter, items: Sequence[Item], step: Callable[[Item], None] = lambda _: None) -> None:
+    """Write the outputs of ``items``. Reading, computing and writing overlap; each holds one item at a time."""
+    with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
 
         def put(item: Item, made: Mapping[str, Tensor | Iterable[bytes]]) -> None:
             for name, tensor in made.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, joined
 
 from .disk_plan import CheckpointPlan
-from .disk_run import check_destination, fingerprint, write_plan
+from .disk_run import WriteShards, check_destination, fingerprint, write_plan
 from .folder_writer import warn_of_lost
 from .undo_reader import open_undos
 from .undo_writer import join_undos
@@ -61,8 +61,10 @@ def run_pipeline(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    writer_of: Callable[[str], WriteShards] | None = None,
 ) -> FoldRecord | None:
-    """Carry out ``plan``; the destination appears whole, by one rename.
+    """Carry out ``plan``; the destination appears whole, by one rename. ``writer_of`` gives what writes the shards of a model
+    in place of this process.
 
     Returns:
         the records of the new models as one, whose modules have the components' names in front; None where no model carries a
@@ -92,6 +94,7 @@ def run_pipeline(
                 resume=resume,
                 force=force,
                 progress=None if progress is None else _shifted(progress, before, total, name),
+                write_shards=None if writer_of is None else writer_of(name),
             )
             before += sum(job.nbytes for job in model.jobs)
             if record is not None:

@@ -100,6 +100,26 @@ class UndoCollector:
         self.nbytes += len(data)
         return [self.nbytes - len(data), len(data), hash_bytes(data)]
 
+    def join(self, facts: Mapping[str, Mapping[str, Any]], data: BinaryIO) -> None:
+        """Take over the facts and data of another collector as if this collector had collected them: a table that is here is not
+        written again.
+        """
+        found = [(*f["data"][:2], "") for kind in ("weights", "tensors") for f in facts[kind].values() if "data" in f]
+        found += [(start, nbytes, name) for name, (start, nbytes) in facts["tables"].items()]
+        moved: dict[int, int] = {}
+        for start, nbytes, table in sorted(found):
+            moved[start] = self.nbytes
+            if table in self.facts["tables"]:
+                continue
+            data.seek(start)
+            self._sink.write(data.read(nbytes))
+            self.nbytes += nbytes
+            if table:
+                self.facts["tables"][table] = [moved[start], nbytes]
+        for kind in ("weights", "tensors"):
+            for name, f in facts[kind].items():
+                self.facts[kind][name] = {**f, "data": [moved[f["data"][0]], *f["data"][1:]]} if "data" in f else f
+
     def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
         """Take over the facts and data of another collector."""
         shift = self.nbytes

@@ -359,7 +359,7 @@ def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[
     done = subprocess.run(
         [str(shutil.which("bash")), "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["fold", "--rounding", "bnb", "bf16"], done.stderr
+    assert done.stdout.split() == ["fold", "fold-many", "--rounding", "bnb", "bf16"], done.stderr
 
 
 @pytest.mark.parametrize("says", [["--trained-on", "nf4-double"], ["--quantize", "nf4", "--double-quant"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,18 @@ def test_pickles_are_named_and_not_copied(place: Path, tmp_path: Path) -> None:
     (said,) = [str(w.message) for w in caught if w.category is oftsurgery.LeftOutWarning]
     assert "vae/diffusion_pytorch_model.bin (a pickle" in said
     assert not {"whole.safetensors", "vae/diffusion_pytorch_model.bin"} & files_in(tmp_path / "out").keys()
+
+
+def test_an_executor_writes_and_checks_the_same(place: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        records = [
+            fold(place, ["unet", "text"], tmp_path / out, executor=e, undo=tmp_path / f"{out}.undo")
+            for out, e in (("1", None), ("2", threads))
+        ]
+        assert records[0] == records[1]
+        assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
+        assert (tmp_path / "1.undo").read_bytes() == (tmp_path / "2.undo").read_bytes()
+        paths = [tmp_path / "1", place / "base", [place / "unet", place / "text"]]
+        assert oftsurgery.verify_checkpoint(*paths, executor=threads) == oftsurgery.verify_checkpoint(*paths)  # type: ignore[arg-type]
+        oftsurgery.unfold_checkpoint(tmp_path / "1", tmp_path / "back", base=place / "base", executor=threads)
+    assert files_in(tmp_path / "back") == files_in(place / "base")

@@ -392,7 +392,7 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     import oftsurgery.folding.disk_run
     import oftsurgery.records.record
 
-    step = oftsurgery.folding.disk_run._Run.step
+    step = oftsurgery.folding.disk_run.Run.step
 
     def interrupt(self: Any, name: str, nbytes: int) -> None:
         if self.done > self.total // 2:
@@ -401,7 +401,7 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
 
     words = (place / "BASE", place / "ADAPTER", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.folding.disk_run._Run, "step", interrupt)
+        patched.setattr(oftsurgery.folding.disk_run.Run, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet_fold(*words, max_shard_size="100KB")
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))

@@ -22,35 +22,16 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import file_bytes, quiet_fold
-from rotated import CONFIG
+from layered import LAYERS, SIDE, write_inputs
 from safetensors.torch import save_file
 
 from oftsurgery.errors import DiskError, StateError
 from oftsurgery.files.staging import Staging
 
-LAYERS = 12
-SIDE = 192
 SIZE = "350KB"  # two weights to a shard
 
 #: what a run may leave beside the destination, besides its state in .out.oftsurgery
 INPUTS = {"base", "adapter"}
-
-
-def write_inputs(folder: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    base, adapter = folder / "base", folder / "adapter"
-    base.mkdir(parents=True)
-    adapter.mkdir()
-    weights = {f"layers.{i}.q_proj.weight": torch.randn(SIDE, SIDE, generator=generator) for i in range(LAYERS)}
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    (base / "tokenizer.json").write_text("{}")
-    rows = {
-        f"base_model.model.layers.{i}.q_proj.oft_R.weight": 0.03 * torch.randn(SIDE // 16, 120, generator=generator)
-        for i in range(LAYERS)
-    }
-    save_file(rows, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
-    return folder
 
 
 @pytest.fixture
