@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
+collect_ignore = ["scale/ray_cluster.py"]  # needs Ray; `make test-ray` names the file
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

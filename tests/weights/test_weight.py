@@ -370,3 +370,12 @@ def test_refusals() -> None:
     singular = Rotation(torch.tensor([[1.0]]), NEUMANN)  # (I+Q)(I-Q)⁻¹(I-Q⁴) at ‖Q‖ = 1: I - Q⁴ = 0
     with pytest.raises(NonFiniteError, match="singular or too ill-conditioned"):
         unfold_weight(normal(8, 2), singular)
+
+
+def test_a_weight_that_nothing_turns_gets_bitsandbytes_own_codes() -> None:
+    """FP4's levels lie on midpoints of int8's."""
+    f, into = WeightFormat("fp4", (64, 64), torch.float32, 64), WeightFormat("int8", (64, 64), torch.float16)
+    encoded = codecs.encode(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02, f)
+    want = codecs.encode(codecs.decode(encoded), into)
+    got = fold_encoded(encoded, (), into, "nearest").encoded
+    assert all(torch.equal(tensor, got.tensors[name]) for name, tensor in want.tensors.items())
