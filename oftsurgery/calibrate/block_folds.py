@@ -225,8 +225,9 @@ class BlockFolds:
                 self._own = HiddenValues(self._run(number, i, hidden) for i, hidden in own)
 
     def _groups(self, number: int, paths: Sequence[str], exact: Mapping[str, Tensor]) -> list[list[str]]:
-        """The layers of a block in groups, in the order in which the first batch calls the groups: layers with the same input are
-        one group, and so are all layers with a number in their paths (experts), and layers that the batch does not call.
+        """The layers of a block in groups, in the order in which the first batch calls them: layers with the same input are together,
+        and so are all layers with a number in their paths (experts), and layers that the batch does not call. After the first
+        input, two inputs make a group: each group costs two runs of the block.
         """
         at = f"{self.blocks[number]}."
         local = tuple(path.removeprefix(at) for path in paths)
@@ -239,7 +240,9 @@ class BlockFolds:
                 numbered = any(part.isdigit() for part in path.removeprefix(at).split("."))
                 key = "" if numbered else recorder.leaders.get(path, "")
                 groups.setdefault(key, []).append(path.removeprefix(at))
-            self._orders[local] = list(groups.values()) or [[]]
+            first, *others = [*groups.values()] or [[]]
+            pairs = (others[i : i + 2] for i in range(0, len(others), 2))
+            self._orders[local] = [first, *(list(chain.from_iterable(pair)) for pair in pairs)]
         return [[at + path for path in group] for group in self._orders[local]]
 
     def _gather(self, step: _Step, *, share: bool) -> tuple[dict[str, _Pair], dict[str, str], HiddenValues] | None:

@@ -219,7 +219,7 @@ def test_the_groups_of_a_block(adapter: Path) -> None:
         f"layers.{i}.experts.1" for i in range(COUNT)
     }
     assert found._blocks is not None
-    assert list(found._blocks._orders.values()) == [[["query", "key"], ["out"], ["experts.0", "experts.1"], ["late"]]]
+    assert list(found._blocks._orders.values()) == [[["query", "key"], ["out", "experts.0", "experts.1"], ["late"]]]
 
 
 def test_a_fold_by_blocks(adapter: Path, snapshot: Callable[[nn.Module], object]) -> None:
