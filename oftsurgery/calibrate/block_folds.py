@@ -7,6 +7,7 @@ layer makes up for a part of what the layers before it lost. The memory holds th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
@@ -94,6 +95,10 @@ class _RowRecorder(InputRecorder):
         if path in self.rows:
             kept, held_out = (torch.cat(both) for both in zip(self.rows[path], (kept, held_out), strict=True))
         self.rows[path] = kept, held_out
+
+
+def _count(calls: Counter[str], path: str, *_: object) -> None:
+    calls[path] += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +189,7 @@ class BlockFolds:
         self._held_out = [*held_out_of(runs), *live_only]
         self._ready: dict[str, FoldedAlready | None] = {}
         self._orders: dict[tuple[str, ...], list[list[str]]] = {}
+        self._repeats = False  # whether a block calls a layer twice
 
     def __call__(self, path: str) -> FoldedAlready | None:
         """The folded weight of the layer at ``path``; None where no batch reached the layer."""
@@ -232,9 +238,13 @@ class BlockFolds:
         at = f"{self.blocks[number]}."
         local = tuple(path.removeprefix(at) for path in paths)
         if local not in self._orders:
-            recorder = _RowRecorder(self._held_out, share=True)
-            with weights_of(self.source.modules, exact):
+            recorder, calls = _RowRecorder(self._held_out, share=True), Counter[str]()
+            with weights_of(self.source.modules, exact), ExitStack() as hooks:
+                for path in paths:
+                    count = partial(_count, calls, path)
+                    hooks.enter_context(self.source.modules[path].register_forward_pre_hook(count))
                 self._listen(number, 0, self._live[0], recorder, paths, self.batches[0])
+            self._repeats = self._repeats or any(n > 1 for n in calls.values())
             groups: dict[str, list[str]] = {}
             for path in (*recorder.leaders, *(path for path in paths if path not in recorder.leaders)):
                 numbered = any(part.isdigit() for part in path.removeprefix(at).split("."))
@@ -291,13 +301,17 @@ class BlockFolds:
         batch: Batch,
         later: Sequence[str] = (),
     ) -> Tensor | None:
-        """Run a block up to the first of the ``later`` layers; its hidden values if it reaches its end."""
+        """Run a block up to the last of the layers at ``paths`` where there are ``later`` layers; its hidden values if it reaches
+        its end.
+        """
         recorder.start_batch(i, batch)
         with ExitStack() as hooks:
             for path in paths:
                 module = self.source.modules[path]
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
-            return before_calls([self.source.modules[path] for path in later], partial(self._run, number, i, hidden))
+            after, last = ([self.source.modules[path] for path in group] for group in (later, paths))
+            heard = last if later and not self._repeats else ()
+            return before_calls(after, partial(self._run, number, i, hidden), heard=heard)
 
     def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:
         """The hidden values after a block, for batch ``i``."""

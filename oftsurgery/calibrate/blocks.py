@@ -100,14 +100,19 @@ def first_call(block: nn.Module, run: Callable[[], object]) -> Call | None:
     return None
 
 
-def before_calls(modules: Sequence[nn.Module], run: Callable[[], T]) -> T | None:
-    """The result of ``run``, which ends, without a result, where it calls one of the modules."""
+def before_calls(modules: Sequence[nn.Module], run: Callable[[], T], *, heard: Collection[nn.Module] = ()) -> T | None:
+    """The result of ``run``, which ends, without a result, where it calls one of the modules, or the last of those that are to be
+    ``heard``.
+    """
+    left = set(heard)
 
-    def stop(*_: object) -> None:
-        raise _Reached
+    def stop(module: nn.Module, *_: object) -> None:
+        left.discard(module)
+        if module not in heard or not left:
+            raise _Reached
 
     with ExitStack() as hooks:
-        for module in modules:
+        for module in (*modules, *heard):
             hooks.enter_context(module.register_forward_pre_hook(stop))
         try:
             return run()
