@@ -75,7 +75,7 @@ def fold_many(
 def _plan_or_error(source: str | PathLike[str], fold: Mapping[str, Any]) -> CheckpointPlan | Exception:
     try:
         return _plan(source, fold)
-    except Exception as error:
+    except Exception as error:  # of any kind, which the caller gets: it ends this fold and no other
         return error
 
 

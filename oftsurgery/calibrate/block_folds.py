@@ -1,7 +1,7 @@
 """A :class:`BlockFolds` folds the layers of a model's blocks in the order in which the model calls the blocks.
 
 The inputs of a layer are those in the model whose earlier layers are folded, and the aim are the live model's outputs, so a
-layer makes up for a part of what the layers before it lost. The memory holds the inputs of layers that share one input. Past
+layer makes up for a part of what the layers before it lost. The memory holds the inputs of one group of layers. Past
 :data:`OWN_TOKENS` the inputs are taken from the live model alone, which saves two of three runs.
 """
 
@@ -189,7 +189,6 @@ class BlockFolds:
         self._held_out = [*held_out_of(runs), *live_only]
         self._ready: dict[str, FoldedAlready | None] = {}
         self._orders: dict[tuple[str, ...], list[list[str]]] = {}
-        self._repeats = False  # whether a block calls a layer twice
 
     def __call__(self, path: str) -> FoldedAlready | None:
         """The folded weight of the layer at ``path``; None where no batch reached the layer."""
@@ -233,7 +232,7 @@ class BlockFolds:
     def _groups(self, number: int, paths: Sequence[str], exact: Mapping[str, Tensor]) -> list[list[str]]:
         """The layers of a block in groups, in the order in which the first batch calls them: layers with the same input are together,
         and so are all layers with a number in their paths (experts), and layers that the batch does not call. After the first
-        input, two inputs make a group: each group costs two runs of the block.
+        input, two inputs make a group: each group costs two runs of the block. A block that calls a layer twice is one group.
         """
         at = f"{self.blocks[number]}."
         local = tuple(path.removeprefix(at) for path in paths)
@@ -244,7 +243,6 @@ class BlockFolds:
                     count = partial(_count, calls, path)
                     hooks.enter_context(self.source.modules[path].register_forward_pre_hook(count))
                 self._listen(number, 0, self._live[0], recorder, paths, self.batches[0])
-            self._repeats = self._repeats or any(n > 1 for n in calls.values())
             groups: dict[str, list[str]] = {}
             for path in (*recorder.leaders, *(path for path in paths if path not in recorder.leaders)):
                 numbered = any(part.isdigit() for part in path.removeprefix(at).split("."))
@@ -253,6 +251,8 @@ class BlockFolds:
             first, *others = [*groups.values()] or [[]]
             pairs = (others[i : i + 2] for i in range(0, len(others), 2))
             self._orders[local] = [first, *(list(chain.from_iterable(pair)) for pair in pairs)]
+            if any(n > 1 for n in calls.values()):  # the second call may come after layers of any group
+                self._orders[local] = [list(local)]
         return [[at + path for path in group] for group in self._orders[local]]
 
     def _gather(self, step: _Step, *, share: bool) -> tuple[dict[str, _Pair], dict[str, str], HiddenValues] | None:
@@ -310,7 +310,7 @@ class BlockFolds:
                 module = self.source.modules[path]
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
             after, last = ([self.source.modules[path] for path in group] for group in (later, paths))
-            heard = last if later and not self._repeats else ()
+            heard = last if later else ()
             return before_calls(after, partial(self._run, number, i, hidden), heard=heard)
 
     def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:

@@ -222,6 +222,23 @@ def test_the_groups_of_a_block(adapter: Path) -> None:
     assert list(found._blocks._orders.values()) == [[["query", "key"], ["out", "experts.0", "experts.1"], ["late"]]]
 
 
+class Again(Block):
+    """The block calls a layer after the last one once more."""
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        return (self.up(super().forward(hidden)[0]),)
+
+
+def test_a_block_that_calls_a_layer_twice_is_one_group(adapter: Path, given: list[LayerInputs]) -> None:
+    model = Decoder()
+    model.layers = nn.ModuleList(Again() for _ in range(COUNT))
+    found = calibration(model.to("cpu").eval(), adapter)
+    assert all(isinstance(found(path), FoldedAlready) for path in PATHS)
+    assert found._blocks is not None
+    assert list(found._blocks._orders.values()) == [[["up", "gate", "down"]]]
+    assert given[0].tokens == 2 * 21 * 40
+
+
 def test_a_fold_by_blocks(adapter: Path, snapshot: Callable[[nn.Module], object]) -> None:
     model = build()
     before = snapshot(model)
