@@ -101,6 +101,7 @@ def by_processes(folder: Path, count: int) -> tuple[dict[str, float], list[int]]
 
 
 def imports(_: int) -> None:
+    """What each worker imports before its first task, which is no part of the times."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
 

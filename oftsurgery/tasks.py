@@ -79,11 +79,11 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> bytes:
         _end_with_parent()
         try:
             return pickle.dumps(function(*arguments))
-        except Exception as error:
+        except Exception as error:  # of any kind: the process that gave the task raises it
             log = traceback.format_exc()
             try:
                 pickle.loads(pickle.dumps(error))  # noqa: S301 - the error of this process
-            except Exception:
+            except Exception:  # an error of another package need not survive pickling
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             return pickle.dumps(Failure(error, log))
 

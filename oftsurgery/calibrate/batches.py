@@ -120,13 +120,13 @@ def batches_on(batches: Sequence[Batch], device: str | torch.device) -> list[Bat
 
 def sequences_of(batch: Batch) -> int:
     """The number of sequences in a batch: the first dimension of its first tensor."""
-    first = _first(batch)
+    first = first_of(batch)
     return first.shape[0] if first.ndim else 1
 
 
 def length_of(batch: Batch) -> int:
     """The length of a batch's sequences: the second dimension of its first tensor."""
-    first = _first(batch)
+    first = first_of(batch)
     return first.shape[1] if first.ndim > 1 else 1
 
 
@@ -141,5 +141,6 @@ def one_sequence(batch: Batch) -> Batch:
     return tuple(map(first, args)), {key: first(value) for key, value in kwargs.items()}
 
 
-def _first(batch: Batch) -> Tensor:
+def first_of(batch: Batch) -> Tensor:
+    """The first tensor of a batch."""
     return next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 
-from .batches import Batch, batches_on
+from .batches import Batch, batches_on, first_of
 
 T = TypeVar("T")
 
@@ -145,13 +145,15 @@ def running(model: nn.Module) -> Iterator[None]:
 
 
 def run_batch(model: nn.Module, number: int, batch: Batch) -> None:
-    """Run a model's forward, on the model's device.
+    """Run a model's forward; a batch on the CPU is brought to the model's device.
 
     Raises:
         CalibrationError: the model does not take the batch with this ``number``.
     """
-    where = next(model.parameters(), None)
-    args, kwargs = batch if where is None or where.is_meta else batches_on([batch], where.device)[0]
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if where.type not in ("cpu", "meta") and first_of(batch).device.type == "cpu":
+        (batch,) = batches_on([batch], where)
+    args, kwargs = batch
     try:
         model(*args, **kwargs)
     except OFTSurgeryError:

@@ -125,7 +125,7 @@ def run_many(
                 fold = _Fold(destination, run, staging, begin_run(run, staging, resume=resume))
                 stack.push(fold.shard)
                 folds.append(fold)
-            except Exception as error:
+            except Exception as error:  # of any kind: it ends one fold, and the caller gets it
                 ends.failed(destination, error)
         _write_in_turn(folds, ends)
         for fold in folds:
@@ -135,7 +135,7 @@ def run_many(
                 record = publish(fold.run.plan, fold.staging, finish_run(fold.run, fold.staging, force=force))
                 assert record is not None  # noqa: S101 - a fold has one
                 ends.succeeded(fold.destination, record)
-            except Exception as error:
+            except Exception as error:  # of any kind: it ends one fold, and the caller gets it
                 ends.failed(fold.destination, error)
         return {destination: ends.found[destination] for destination in plans}
 
@@ -183,7 +183,7 @@ class _Writing:
             try:
                 future.result()
                 fold.put()
-            except Exception as error:
+            except Exception as error:  # of any kind: it ends one fold, and the caller gets it
                 self._ends.failed(fold.destination, error)
 
     def take(self, fold: _Fold, loaded: Any) -> None:
@@ -196,7 +196,7 @@ class _Writing:
             if isinstance(loaded, Exception):
                 raise loaded
             item, made, writer = fold.make(loaded)
-        except Exception as error:
+        except Exception as error:  # of any kind: it ends one fold, and the caller gets it
             self.settle()
             self._ends.failed(fold.destination, error)
             return
@@ -237,7 +237,7 @@ def _read(users: list[_Fold], job: Job) -> tuple[list[_Fold], Any]:
     try:
         copied = not job.parts and len(users) > 1
         return users, run.plan.source.read(job.name) if copied else run.load(job)
-    except Exception as error:
+    except Exception as error:  # of any kind: it ends one fold, and the caller gets it
         return users, error
 
 

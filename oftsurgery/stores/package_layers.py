@@ -97,9 +97,8 @@ def _values(module: Any, dtype: torch.dtype) -> Tensor:
     if package == "hqq":
         found = module.dequantize()
     elif package == "torchao":
-        with suppress(
-            RuntimeError, NotImplementedError, ValueError
-        ):  # torchao itself cannot dequantise its tensors of 4 bits
+        # torchao itself cannot dequantise its tensors of 4 bits
+        with suppress(RuntimeError, NotImplementedError, ValueError):
             found = module.weight.dequantize()
     elif package == "gptq" and is_of("gptqmodel", module, "TorchLinear"):
         found = module.dequantize_weight().t()
