@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from checkpoints import MODELS, adapted, bnb_config, build, file_bytes, linearised, load, quiet_fold
 from checkpoints import quiet_transformers as quiet
+from held import Held
 from independent import make_case
 from layered import write_inputs
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,6 @@ from warned import quietly
 import oftsurgery
 from oftsurgery import MatchError, NonFiniteError, StateError
 from oftsurgery.cli.main import main
-from oftsurgery.folding import engine
 
 
 @pytest.fixture(scope="module")
@@ -149,23 +148,12 @@ def test_few_weights_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     )
     (tmp_path / "base").mkdir()
     save_file({f"layers.{i}.weight": torch.randn(64, 64) for i in range(20)}, tmp_path / "base" / "model.safetensors")
-    made: list[weakref.ref[Any]] = []
-    most = 0
-    fold = engine.fold_encoded
-
-    def watched(*args: Any, **options: Any) -> Any:
-        nonlocal most
-        folded = fold(*args, **options)
-        made.append(weakref.ref(folded.encoded.tensors["weight"]))
-        most = max(most, sum(ref() is not None for ref in made))
-        return folded
-
-    monkeypatch.setattr(engine, "fold_encoded", watched)
+    held = Held(monkeypatch)
     folds = [{"adapter": adapter, "output": tmp_path / f"out-{i}"} for i in range(12)]
     ended = oftsurgery.fold_many(tmp_path / "base", folds, trained_on="plain")
-    assert len(made) == 240
+    assert len(held.made) == 240
     assert not [end for end in ended.values() if isinstance(end, Exception)]
-    assert most <= 4
+    assert held.most <= 4
 
 
 def test_what_a_fold_of_many_refuses(place: Path, tmp_path: Path) -> None:

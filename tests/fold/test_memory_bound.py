@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from held import Held
 from independent import make_case
 from safetensors.torch import save_file
 
 import oftsurgery
-from oftsurgery.folding import engine
 
 LAYERS = 40
 
@@ -26,18 +24,7 @@ def test_few_weights_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     save_file(
         {f"layers.{i}.weight": torch.randn(64, 64) for i in range(LAYERS)}, tmp_path / "base" / "model.safetensors"
     )
-    made: list[weakref.ref[Any]] = []
-    most = 0
-    fold = engine.fold_encoded
-
-    def watched(*args: Any, **options: Any) -> Any:
-        nonlocal most
-        folded = fold(*args, **options)
-        made.append(weakref.ref(folded.encoded.tensors["weight"]))
-        most = max(most, sum(ref() is not None for ref in made))
-        return folded
-
-    monkeypatch.setattr(engine, "fold_encoded", watched)
+    held = Held(monkeypatch)
     record = oftsurgery.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", trained_on="plain")
-    assert len(record.modules) == len(made) == LAYERS
-    assert most < 12
+    assert len(record.modules) == len(held.made) == LAYERS
+    assert held.most < 12
