@@ -108,7 +108,8 @@ class _Task:
 
 
 class Tasks:
-    """Tasks of one run. A task must be idempotent: a worker that seems lost may still be at work.
+    """Tasks for an executor, in a context that ends the workers which have taken the place of broken ones. A task must be idempotent:
+    a worker that seems lost may still be at work.
 
     Args:
         executor: any ``concurrent.futures.Executor``.
@@ -133,12 +134,19 @@ class Tasks:
         self._waiting: dict[Future[Any], tuple[_Task, Executor]] = {}
         self._finished = 0
 
+    def __enter__(self) -> Tasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for executor in self._own:
+            executor.shutdown(cancel_futures=True)
+
     def give(self, function: Callable[..., Any], *arguments: Any, then: Callable[[Any], None]) -> None:
         """Give a task to the executor; :meth:`run` calls ``then`` with its result."""
         self._submit(_Task(function, arguments, then))
 
     def run(self) -> None:
-        """Wait until all tasks are done, those too that ``then`` has given.
+        """Wait until all tasks are done, those too that ``then`` has given. Further tasks may then be given.
 
         Raises:
             EngineError: the executor has lost a task again and again, or takes no tasks.
@@ -160,8 +168,6 @@ class Tasks:
             for future in self._waiting:
                 future.cancel()
             wait([future for future in self._waiting if not future.cancelled()])
-            for executor in self._own:
-                executor.shutdown(cancel_futures=True)
 
     def _submit(self, task: _Task) -> None:
         task.others_finished = self._finished
@@ -217,8 +223,8 @@ def mapped(executor: Executor | None, function: Callable[..., T], arguments: Seq
     if executor is None:
         return [function(*given) for given in arguments]
     found: dict[int, T] = {}
-    tasks = Tasks(executor)
-    for i, given in enumerate(arguments):
-        tasks.give(function, *given, then=functools.partial(found.__setitem__, i))
-    tasks.run()
+    with Tasks(executor) as tasks:
+        for i, given in enumerate(arguments):
+            tasks.give(function, *given, then=functools.partial(found.__setitem__, i))
+        tasks.run()
     return [found[i] for i in range(len(arguments))]

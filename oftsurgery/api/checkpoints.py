@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,7 +96,7 @@ def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[O
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
     if mode == "calibrated":
-        from oftsurgery.calibrate.checkpoint import calibrated_jobs
+        from oftsurgery.calibrate.checkpoint_model import calibrated_jobs
 
         calibrated_jobs(plan)
     return plan
@@ -128,6 +128,7 @@ def fold_checkpoint(
     strength_mode: StrengthMode = "angle",
     follow_links: bool = False,
     device: str = "cpu",
+    device_map: str | Mapping[str, Any] | None = None,
     executor: Executor | Literal["ray"] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -188,10 +189,14 @@ def fold_checkpoint(
         follow_links: read files that are links, wherever the links lead. Otherwise the rules of
             :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
+        device_map: where the model of a calibration lies that does not run block by block, or that writes its own texts: as for
+            transformers' ``from_pretrained``, such as ``"auto"``, with which accelerate spreads the model over all GPUs and the
+            memory of the CPU. None: on ``device``.
         executor: who computes: any ``concurrent.futures.Executor`` whose workers see the same files at the same paths, such as a
             ``ProcessPoolExecutor`` that starts its workers with ``spawn``, or Dask's ``client.get_executor()``; ``"ray"`` for
             :class:`~oftsurgery.RayExecutor`. The output, the record and the undo record are the same bytes. A task that is lost
-            with its worker is given again. ``device`` is then a device of the workers. None: this process.
+            with its worker is given again. ``device`` is then a device of the workers. Of a calibrated fold, the workers run the
+            model's blocks on chunks of the texts and round the layers, and this process writes. None: this process.
         resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
         progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
@@ -231,11 +236,9 @@ def fold_checkpoint(
     )
     if executor is None:
         usable_device(device)
-    if executor is not None and mode == "calibrated":
-        raise StateError(
-            "a calibration runs the model block by block in one process, and an executor was given",
-            remedy="leave out executor=…, or leave out the calibration: the rounding 'preserve' needs no data",
-        )
+    if device_map is not None and mode != "calibrated":
+        message = "device_map says where a calibration runs the model, and this fold has no calibration"
+        raise StateError(message, remedy="leave out device_map=… (--device-map), or give calibration=… (--calibration)")
     with links_followed(follow_links), opened_executor(executor) as workers:
         if workers is not None and source is None:
             source = named_base(loaded_adapters(adapter))
@@ -260,16 +263,17 @@ def fold_checkpoint(
             if texts is not None:
                 from oftsurgery.calibrate.checkpoint import checkpoint_inputs
 
-                calibrate = functools.partial(checkpoint_inputs, plan, texts, device=device, progress=beside.batch)
+                where: dict[str, Any] = {"device": device, "device_map": device_map, "engine": engine}
+                calibrate = functools.partial(checkpoint_inputs, plan, texts, progress=beside.batch, **where)
             record = run_plan(
                 plan,
                 Path(destination),
-                device=device,
+                device=device if engine is None else "cpu",
                 resume=resume,
                 force=force,
                 progress=beside.bytes,
                 calibrate=calibrate,
-                write_shards=None if engine is None else engine.writer(),
+                write_shards=None if engine is None or calibrate is not None else engine.writer(),
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record

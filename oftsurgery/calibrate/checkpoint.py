@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from itertools import count
 from typing import Any
 
-import torch
-from torch import nn
-
-from oftsurgery.errors import CalibrationError, needs, printable
+from oftsurgery.errors import CalibrationError
 from oftsurgery.files.staging import Staging
 from oftsurgery.folding.disk_plan import CheckpointPlan
+from oftsurgery.folding.disk_tasks import Engine
 from oftsurgery.folding.plan import in_names_of
-from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.progress import Progress
-from oftsurgery.stores.dequantised import from_pretrained
-from oftsurgery.stores.folder import load_dtype
-from oftsurgery.stores.live_quantisation import settings_from
-from oftsurgery.stores.skeleton import quiet, readable_config, skeleton
 from oftsurgery.weights.calibrate import FoldedAlready, InputsOf, LayerInputs
 
-from .batches import TRANSFORMERS, Batch, batches_on
-from .block_folds import BlockFolds
-from .block_sources import Job, StoredBlocks
-from .blocks import block_paths
-from .layer_inputs import Calibration, check_wanted, live_model
+from .batches import Batch, batches_on
+from .block_folds import BlockFolds, in_this_process
+from .checkpoint_model import calibrated_jobs, load_model, stored_blocks
+from .layer_inputs import Calibration, live_model
+from .run_tasks import by_tasks
 from .sources import Source
 
 
+@contextmanager
 def checkpoint_inputs(
-    plan: CheckpointPlan, source: Source, staging: Staging, *, device: str, progress: Progress | None = None
-) -> InputsOf:
+    plan: CheckpointPlan,
+    source: Source,
+    staging: Staging,
+    *,
+    device: str,
+    device_map: str | Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> Iterator[InputsOf]:
     """The inputs of the layers of a checkpoint that is to be folded into ``staging``, by the modules' paths in the model.
 
-    Where the model is a chain of blocks whose layers alone are folded, one block at a time is in memory. Other models are
-    loaded whole by transformers, as the trainer loaded the model, with the adapters live. Only transformers' own classes
-    are built.
+    Where the model is a chain of blocks whose layers alone are folded, one block at a time is in memory, and the workers of the
+    ``engine`` run the batches. Other models are loaded whole by transformers in this process, as the trainer loaded the model,
+    with the adapters live, onto the devices that ``device_map`` says. Only transformers' own classes are built.
 
     Raises:
         CalibrationError: transformers does not know the model's class, or cannot load the checkpoint.
@@ -46,133 +47,38 @@ def checkpoint_inputs(
     """
     jobs = calibrated_jobs(plan)
     adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
+    own = device if engine is None else "cpu"  # this process need not have the workers' devices
+    where = {"": own} if device_map is None else device_map
 
     @cache
     def batches() -> Sequence[Batch]:
-        return batches_on(source.staged(lambda: live_model(load_model(plan, device), adapters), staging), device)
+        return batches_on(source.staged(lambda: live_model(load_model(plan, where), adapters), staging), own)
 
     @cache
     def whole() -> Calibration:
-        model = load_model(plan, device)
+        model = load_model(plan, where)
         return Calibration(model, adapters, list(jobs), batches(), progress=progress, jobs=jobs)
+
+    def step() -> None:
+        folds, done = blocks(), next(steps)
+        if progress is not None and folds is not None:
+            progress(done, max(done, folds.count * len(batches())), "calibration")
 
     @cache
     def blocks() -> BlockFolds | None:
         given = batches()  # before the blocks: the model that writes them takes its memory with it
-        stored = stored_blocks(plan, jobs, device)
+        stored = stored_blocks(plan, jobs, own)
+        folds = None
         if stored is None:
             return None
-        steps = count(1)
-
-        def step() -> None:
-            done, total = next(steps), 0 if folds is None else folds.count * len(given)
-            if progress is not None:
-                progress(done, max(done, total), "calibration")
-
-        folds = None
         with suppress(CalibrationError):  # the whole model says what is wrong with a batch
-            folds = BlockFolds.of(stored, jobs, given, lambda path: whole().alone(path), step)
+            folds = BlockFolds.of(stored, jobs, given, lambda path: whole().alone(path), runs_of)
         return folds
 
     def inputs_of(path: str) -> LayerInputs | FoldedAlready | None:
         folds = blocks()
         return whole()(path) if folds is None else folds(path)
 
-    return inputs_of
-
-
-def calibrated_jobs(plan: CheckpointPlan) -> dict[str, Job]:
-    """The modules' paths in the model whose rounding a calibration decides, and what becomes of each module.
-
-    Raises:
-        StateError: there is none.
-    """
-    rotated = [(p.rotate, p.into) for p in plan.parts if p.rotate is not None]
-    jobs: dict[str, Job] = {rotate.path: (rotate.chain, into) for rotate, into in rotated if rotate.takes_inputs(into)}
-    check_wanted(jobs)
-    return jobs
-
-
-def stored_blocks(plan: CheckpointPlan, jobs: Mapping[str, Job], device: str) -> StoredBlocks | None:
-    """The blocks of the checkpoint; None where the model has to be in memory as a whole."""
-    store, changes = plan.store, plan.changes
-    _class_of(plan)
-    paths = block_paths(store.architecture.modules, jobs)
-    inside = tuple(f"{path}." for path in paths)
-    wanted = plan.fold_into == "quantized" or store.quantization is None
-    if not wanted or changes.replace or changes.vocabulary or changes.apart or store.added:
-        return None
-    if not all(r.path in jobs and r.path.startswith(inside) for r in changes.rotate):
-        return None
-    model = skeleton(store.config, load_dtype(plan.source), len(store.entries), buffers=True)
-    if not set(model.state_dict()) <= {*store.tensors, *store.architecture.tied}:
-        return None
-    q = store.quantization
-    said = plan.source.config.get("quantization_config") or {}
-    settings = settings_from(said, torch.float32 if q is None or q.compute_dtype is None else q.compute_dtype)
-    source = StoredBlocks(store, model, list(jobs), device, settings)
-    if not all(source.is_plain(path, chain) for path, (chain, _) in jobs.items()):
-        return None
-    source.fill([n for n in source.names if not n.startswith(inside) and n not in store.architecture.tied])
-    model.tie_weights()
-    return source
-
-
-def _class_of(plan: CheckpointPlan) -> Any:
-    """transformers' class of the checkpoint's model.
-
-    Raises:
-        CalibrationError: transformers does not know the class, or the names of the tensors.
-        MissingDependencyError: transformers is not installed.
-    """
-    with needs(*TRANSFORMERS):
-        import transformers
-    cls: Any = getattr(transformers, plan.store.architecture.name or "", None)
-    if not hasattr(cls, "from_pretrained"):
-        name = printable(plan.store.architecture.name)
-        message = f"transformers does not know the model's class ({name}), and a calibration must run the model"
-        remedy = "fold without data (--rounding preserve), or load the model with its own code and fold it in memory"
-        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
-    if plan.source.wrapped:
-        message = "the names of the checkpoint's tensors hold segments of wrappers, which transformers does not load, and a calibration must run the model"
-        remedy = (
-            "fold without a calibration, or first save the base again without its wrapper (torch.compile, FSDP, DDP)"
-        )
-        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
-    return cls
-
-
-def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
-    """The model as the trainer loaded it.
-
-    Raises:
-        CalibrationError: transformers cannot load the checkpoint.
-    """
-    cls = _class_of(plan)
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**readable_config(plan.store.config))
-    stored = plan.source.config.get("quantization_config")
-    settings: dict[str, Any] = {"dtype": "auto"}
-    if stored is not None:
-        config.quantization_config = dict(stored)
-    q = plan.store.quantization
-    if q is not None:
-        settings["dtype"] = q.dtype or "auto"
-        if plan.fold_into == "quantized":
-            settings["quantization_config"] = transformers.BitsAndBytesConfig(
-                **FORMATS[q.codec].config_fields,
-                bnb_4bit_use_double_quant=q.double_quant,
-                bnb_4bit_compute_dtype=q.compute_dtype,
-                llm_int8_skip_modules=None if q.skip is None else list(q.skip),
-            )
-    if device != "cpu":
-        settings["device_map"] = {"": device}
-    try:
-        with quiet():
-            model = from_pretrained(cls, plan.source, config, **settings)
-    except Exception as error:  # transformers raises errors of any kind at files that it cannot use
-        message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
-        remedy = "fold without data (--rounding preserve), or load the model in Python and fold it in memory"
-        raise CalibrationError(message, path=plan.source.folder, remedy=remedy) from error
-    return model
+    steps = count(1)
+    with nullcontext(in_this_process(step)) if engine is None else by_tasks(engine, plan, staging, step) as runs_of:
+        yield inputs_of

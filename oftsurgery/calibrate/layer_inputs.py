@@ -23,7 +23,7 @@ from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs
 
 from .batches import Batch, BatchesOf
-from .block_folds import BlockFolds
+from .block_folds import BlockFolds, in_this_process
 from .block_sources import Job, LiveBlocks
 from .blocks import run_batch, running
 from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_of
@@ -103,7 +103,8 @@ class Calibration:
 
     def _start(self) -> None:
         """Find the model's blocks, and divide the other layers into passes."""
-        self._blocks = BlockFolds.of(LiveBlocks(self._live), self._jobs, self._batches, self.alone, self._step)
+        runs_of = in_this_process(self._step)
+        self._blocks = BlockFolds.of(LiveBlocks(self._live), self._jobs, self._batches, self.alone, runs_of)
         others = [path for path in self._paths if self._blocks is None or path not in self._blocks.paths]
         layers: dict[str, Any] = {path: self._modules[path] for path in others}
         self._waiting = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, self._limit)

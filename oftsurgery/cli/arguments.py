@@ -129,6 +129,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         ".jsonl or .parquet (field 'text'); self: the model writes the texts, or reads texts that are built in; this flag loads the "
         "model and runs it",
     },
+    "--device-map": {
+        "metavar": "auto|DEVICE",
+        "help": "where the model of a calibration lies that does not run block by block, or that writes its own texts; auto: spread over "
+        "all GPUs and the CPU's memory by accelerate (default: --device)",
+    },
     "--max-shard-size": {
         "default": "5GB",
         "metavar": "SIZE",
@@ -205,6 +210,7 @@ FOLDING_FLAGS = (
     "--strength-mode",
     "--rounding",
     "--calibration",
+    "--device-map",
     "--max-shard-size",
     "--tokenizer",
     "--base-revision",

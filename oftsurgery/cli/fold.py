@@ -40,6 +40,7 @@ _BASE = (
 _NOT_OF_MANY = (
     "--rounding",
     "--calibration",
+    "--device-map",
     "--component",
     "--base-revision",
     "--adapter-subfolder",
@@ -251,7 +252,7 @@ def read_list(path: str) -> list[dict[str, Any]]:
 
 def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> oftsurgery.FoldRecord:
     begin_compiling()
-    settings = _fold_settings(args) | keywords(args, "calibration", "device", "resume")
+    settings = _fold_settings(args) | keywords(args, "calibration", "device_map", "device", "resume")
     with executor_of(args) as executor:
         return oftsurgery.fold_checkpoint(
             base_of(args),

@@ -45,6 +45,8 @@ from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
 #: function that writes shards of a run into an unfinished output, and gives the run the facts of each
 WriteShards = Callable[["Run", Sequence[Shard], Staging], None]
+#: function from an unfinished output to the context in which a calibration gives the layers' inputs
+Calibrate = Callable[[Staging], contextlib.AbstractContextManager[InputsOf]]
 
 
 def run_plan(
@@ -55,7 +57,7 @@ def run_plan(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    calibrate: Callable[[Staging], InputsOf] | None = None,
+    calibrate: Calibrate | None = None,
     write_shards: WriteShards | None = None,
 ) -> FoldRecord | None:
     """Carry out ``plan``; the rounding is calibrated where ``calibrate`` gives the function from a layer's path to its inputs.
@@ -76,7 +78,6 @@ def run_plan(
     check_destination(plan, destination, resume=resume, force=force)
     key = fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        inputs_of = None if calibrate is None else calibrate(staging)
         record = write_plan(
             plan,
             staging,
@@ -84,7 +85,7 @@ def run_plan(
             resume=resume,
             force=force,
             progress=progress,
-            inputs_of=inputs_of,
+            calibrate=calibrate,
             write_shards=write_shards,
         )
         return publish(plan, staging, record)
@@ -106,17 +107,18 @@ def write_plan(
     resume: bool,
     force: bool,
     progress: Progress | None,
-    inputs_of: InputsOf | None = None,
+    calibrate: Calibrate | None = None,
     write_shards: WriteShards | None = None,
 ) -> FoldRecord | None:
     """Write everything of ``plan`` into the unfinished output ``staging``, which the caller publishes."""
-    run = Run(plan, torch.device(device), progress, inputs_of)
-    left = begin_run(run, staging, resume=resume)
-    if write_shards is not None:
-        write_shards(run, left, staging)
-    else:
-        for shard in left:
-            run.shard(shard, staging)
+    with contextlib.nullcontext() if calibrate is None else calibrate(staging) as inputs_of:
+        run = Run(plan, torch.device(device), progress, inputs_of)
+        left = begin_run(run, staging, resume=resume)
+        if write_shards is not None:
+            write_shards(run, left, staging)
+        else:
+            for shard in left:
+                run.shard(shard, staging)
     return finish_run(run, staging, force=force)
 
 

@@ -86,10 +86,10 @@ class Work:
     metadata: Mapping[str, str]
 
     def run(self) -> Run:
-        return Run(_plan_again(self.planner, self.key, self.component), torch.device(self.device), None, None)
+        return Run(plan_again(self.planner, self.key, self.component), torch.device(self.device), None, None)
 
 
-def _plan_again(planner: bytes, key: str, component: str) -> CheckpointPlan:
+def plan_again(planner: bytes, key: str, component: str) -> CheckpointPlan:
     whole = again(planner)
     plan: CheckpointPlan = whole.models[component] if component else whole
     if fingerprint(plan) != key:
@@ -262,7 +262,7 @@ class Engine:
         return functools.partial(self._write, component)
 
     def _write(self, component: str, run: Run, shards: Sequence[Shard], staging: Staging) -> None:
-        plan, tasks = run.plan, Tasks(self.executor)
+        plan = run.plan
         folder = str(staging.folder.absolute())
         planner = pickle.dumps(self.planner)
         work = Work(planner, fingerprint(plan), component, folder, self.device, run.metadata)
@@ -282,9 +282,10 @@ class Engine:
                 sealed = functools.partial(note_sealed, run, staging, part.shard)
                 tasks.give(seal, work, part.shard, len(parts[part.shard]), then=sealed)
 
-        for part in (part for own in parts.values() for part in own):
-            tasks.give(write_part, work, part, then=functools.partial(written, part))
-        tasks.run()
+        with Tasks(self.executor) as tasks:
+            for part in (part for own in parts.values() for part in own):
+                tasks.give(write_part, work, part, then=functools.partial(written, part))
+            tasks.run()
 
 
 def note_sealed(run: Run, staging: Staging, number: int, sealed: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import oftsurgery
 from oftsurgery import AdapterError, CheckpointError, MatchError, SourceWarning
 from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.api.fold_settings import FoldSettings
-from oftsurgery.calibrate.checkpoint import load_model
+from oftsurgery.calibrate.checkpoint_model import load_model
 from oftsurgery.files.wrappers import plain_names, unwrapped, without_peft
 
 TENSORS = "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def test_transformers_finds_none_of_a_wrappers_names_so_nothing_that_needs_it_go
         pytest.raises(oftsurgery.CalibrationError, match="hold segments of wrappers, which transformers does not load"),
         noted(),
     ):
-        load_model(plan_fold(base, place / "ADAPTER", FoldSettings(trained_on="plain")), "cpu")
+        load_model(plan_fold(base, place / "ADAPTER", FoldSettings(trained_on="plain")), {"": "cpu"})
     with pytest.raises(CheckpointError, match="hold segments of wrappers, so transformers finds none"), noted():
         oftsurgery.verify_checkpoint(base, place / "BASE", place / "ADAPTER")
 

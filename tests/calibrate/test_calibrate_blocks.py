@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import RoundingWarning
-from oftsurgery.calibrate import block_folds, blocks, hidden_values, recorder
+from oftsurgery.calibrate import batch_runs, blocks, hidden_values, recorder
 from oftsurgery.calibrate.batches import one_sequence, read_batches
+from oftsurgery.calibrate.input_sums import InputSum
 from oftsurgery.calibrate.layer_inputs import Calibration
 from oftsurgery.files.scratch import Scratch
 from oftsurgery.folding.plan import plan_changes
@@ -129,13 +130,13 @@ def test_which_models_have_blocks(cls: type[nn.Module], by_blocks: bool, adapter
 def given(monkeypatch: pytest.MonkeyPatch) -> list[LayerInputs]:
     """The inputs with which the layers of blocks are folded."""
     found: list[LayerInputs] = []
-    fold = block_folds.fold_calibrated
+    fold = batch_runs.fold_calibrated
 
     def listen(encoded: Any, chain: Any, into: Any, inputs: LayerInputs) -> Any:
         found.append(inputs)
         return fold(encoded, chain, into, inputs)
 
-    monkeypatch.setattr(block_folds, "fold_calibrated", listen)
+    monkeypatch.setattr(batch_runs, "fold_calibrated", listen)
     return found
 
 
@@ -315,7 +316,7 @@ def test_past_a_number_of_tokens_the_live_model_gives_the_inputs(
 ) -> None:
     found = []
     for most in (1 << 14, 3 * 160):
-        monkeypatch.setattr(block_folds, "OWN_TOKENS", most)
+        monkeypatch.setattr(batch_runs, "OWN_TOKENS", most)
         oftsurgery.fold(build(), adapter, calibration=batches())
         found.append(given[:])
         given.clear()
@@ -328,7 +329,7 @@ def test_past_a_number_of_tokens_the_live_model_gives_the_inputs(
 def test_the_drift_of_some_tokens_counts_for_all() -> None:
     own, live = (torch.randn(30, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     nothing = torch.zeros(0, 8)
-    pair = block_folds._Pair.of(own, drifts=True)
+    pair = InputSum.of(own, drifts=True)
     pair.add((own[:10], own[20:]), (live[:10], live[20:]))
     pair.add_only(live[10:20])
     pair.add((nothing, nothing), (nothing, nothing))

@@ -24,7 +24,7 @@ import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
 from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.api.fold_settings import FoldSettings
-from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
+from oftsurgery.calibrate import checkpoint, checkpoint_model
 from oftsurgery.calibrate.block_sources import StoredBlocks
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -91,7 +91,7 @@ def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytes
     plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(trained_on="plain"))
     logging.enable_progress_bar()
     capsys.readouterr()
-    calibrate_checkpoint.load_model(plan, "cpu")
+    checkpoint_model.load_model(plan, {"": "cpu"})
     assert capsys.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
 
@@ -429,7 +429,7 @@ def test_blocks_are_in_memory_one_by_one(
             yield
 
     monkeypatch.setattr(StoredBlocks, "loaded", listen)
-    monkeypatch.setattr(calibrate_checkpoint, "load_model", _no_model)
+    monkeypatch.setattr(checkpoint, "load_model", _no_model)
     settings: dict[str, Any] = {}
     if not stored:
         settings = {"format": codec, "double_quant": codec == "nf4", "compute_dtype": "float32"}
@@ -449,10 +449,10 @@ def test_the_blocks_hold_what_transformers_loads(tmp_path: Path) -> None:
     build("llama", torch.bfloat16, attention_bias=True, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     adapted(build("llama", attention_bias=True), ["q_proj", "o_proj"]).save_pretrained(tmp_path / "adapter")
     plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(format="nf4"))
-    jobs = calibrate_checkpoint.calibrated_jobs(plan)
-    blocks = calibrate_checkpoint.stored_blocks(plan, jobs, "cpu")
+    jobs = checkpoint_model.calibrated_jobs(plan)
+    blocks = checkpoint_model.stored_blocks(plan, jobs, "cpu")
     assert blocks is not None
-    whole = calibrate_checkpoint.load_model(plan, "cpu")
+    whole = checkpoint_model.load_model(plan, {"": "cpu"})
     expected = whole.state_dict()
     assert blocks.model.get_input_embeddings().weight is blocks.model.get_output_embeddings().weight
     seen = set()
@@ -478,7 +478,7 @@ def test_which_models_are_loaded_whole(why: str, tmp_path: Path) -> None:
     adapted(model, targets, **more).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     original = {"fold_into": "original"} if why == "original weights" else {}
     plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(format="nf4", **original))  # type: ignore[arg-type]
-    assert calibrate_checkpoint.stored_blocks(plan, calibrate_checkpoint.calibrated_jobs(plan), "cpu") is None
+    assert checkpoint_model.stored_blocks(plan, checkpoint_model.calibrated_jobs(plan), "cpu") is None
 
 
 def test_a_batch_that_the_model_does_not_take(tmp_path: Path) -> None:
