@@ -9,7 +9,7 @@
 #   make test-vllm      loads folds of a real model with vLLM on the CPU, in .venv-vllm: needs torch's build for CPUs, 3 GB
 #   make test-gguf LLAMA_CPP=FOLDER   converts a fold with llama.cpp's converter and runs the file, in .venv-llama-cpp: compiles for ten minutes
 #   make test-bases     compares what is read of GPTQ, AWQ, HQQ, compressed-tensors, torchao and FP8 with these packages, in .venv-bases
-#   make test-ray       folds on a cluster of Ray with two nodes on this machine, in .venv-ray
+#   make test-scale     folds on a cluster of Ray with two nodes on this machine, and by workers of MPI, in .venv-scale
 #   make notebook runs examples/qoft_to_served.ipynb and stores what the cells print: some minutes
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
@@ -29,7 +29,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: gpu-check demo demo-image test test-oldest test-serving test-vllm test-gguf test-bases test-ray slow check notebook families docs bench bench-check bench-quality browser
+.PHONY: gpu-check demo demo-image test test-oldest test-serving test-vllm test-gguf test-bases test-scale slow check notebook families docs bench bench-check bench-quality browser
 
 # transformers would show a bar while it unpacks the language model
 demo: $(INSTALLED)
@@ -85,13 +85,14 @@ test-bases:
 	BUILD_CUDA_EXT=0 .venv-bases/bin/python -m pip install --quiet --no-deps --no-build-isolation gptqmodel==7.7.0
 	.venv-bases/bin/python -m pytest -q -W ignore tests/bases/packages.py tests/bases/live_layers.py $(ARGS)
 
-# the environment has Ray alone, and sees the packages of .venv
-test-ray: $(INSTALLED)
-	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet ray==2.60.0 --constraint constraints.txt
-	for site in .venv-ray/lib/python*/site-packages; do \
+# the environment has Ray and MPI alone, and sees the packages of .venv
+test-scale: $(INSTALLED)
+	$(PYTHON) -m venv .venv-scale
+	.venv-scale/bin/python -m pip install --quiet ray==2.60.0 mpi4py==4.1.2 mpich==5.0.2 --constraint constraints.txt
+	for site in .venv-scale/lib/python*/site-packages; do \
 		$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$site/main.pth; done
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/tests/robustness .venv-ray/bin/python -m pytest -q tests/scale/ray_cluster.py $(ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/tests/robustness .venv-scale/bin/python -m pytest -q tests/scale/ray_cluster.py $(ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers OMP_NUM_THREADS=1 .venv-scale/bin/mpiexec -n 3 .venv-scale/bin/python -m mpi4py.futures tests/scale/mpi_pool.py
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)

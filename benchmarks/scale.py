@@ -5,6 +5,8 @@ adapters on every linear, and runs these ways in turn, in ``--repeats`` rounds; 
 * ``one``: ``fold_checkpoint`` in this process, which has folded before;
 * ``processes 1``, ``2``, ``4``: the same with a ``ProcessPoolExecutor`` whose workers have folded before, one thread each;
 * ``commands``: ``oftsurgery fold`` for each of 8 adapters, and ``many``: ``oftsurgery fold-many`` of the 8, as whole processes;
+* with ``--calibration``, alone: the same ways with 1 and 2 workers for a calibrated fold of a llama of 52 million weights in 4 blocks, on
+  32,768 random tokens;
 * with ``--ray``, in an environment that has Ray: two nodes with one processor each;
 * ``2 GB``: the fold of the one file by 4 processes: the peak of memory of each process above what the process held after its imports,
   beside that of one process.
@@ -72,11 +74,33 @@ def of_workers(pool: Executor, count: int) -> dict[int, tuple[float, int]]:
     return found
 
 
-def fold(folder: Path, executor: Any = None) -> None:
+def write_plain(folder: Path) -> None:
+    import big
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=512, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    shapes = big.linears(1024, 2816).items()
+    big.write_adapter(
+        folder / "adapter-0", {f"model.layers.{i}.{p}": s[1] for i in range(4) for p, s in shapes}, turn=0.01
+    )
+
+
+def calibration() -> dict[str, Any]:
+    import torch
+
+    tokens = torch.randint(0, 512, (32, 8, 128), generator=torch.Generator().manual_seed(0))
+    return {"format": "nf4", "calibration": [{"input_ids": batch} for batch in tokens]}
+
+
+def fold(folder: Path, executor: Any = None, **settings: Any) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        oftsurgery.fold_checkpoint(folder / "base", folder / "adapter-0", folder / "out", executor=executor)
+        oftsurgery.fold_checkpoint(folder / "base", folder / "adapter-0", folder / "out", executor=executor, **settings)
 
 
 def timed(work: Callable[[], object], cpu: Callable[[], float]) -> dict[str, float]:
@@ -85,15 +109,15 @@ def timed(work: Callable[[], object], cpu: Callable[[], float]) -> dict[str, flo
     return {"seconds": time.perf_counter() - start, "processor": cpu() - before}
 
 
-def by_processes(folder: Path, count: int) -> tuple[dict[str, float], list[int]]:
+def by_processes(folder: Path, count: int, **settings: Any) -> tuple[dict[str, float], list[int]]:
     """The second fold of a pool, whose workers have folded; and the growth of each worker's peak above its imports."""
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(imports, range(2 * count)))
         base = of_workers(pool, count)
-        fold(folder, pool)
+        fold(folder, pool, **settings)
         before = used()[0] + sum(cpu for cpu, _ in of_workers(pool, count).values())
-        found = timed(lambda: fold(folder, pool), lambda: 0.0)
+        found = timed(lambda: fold(folder, pool, **settings), lambda: 0.0)
         found["processor"] = used()[0] + sum(cpu for cpu, _ in of_workers(pool, count).values()) - before
         after = of_workers(pool, count)
     del os.environ["OMP_NUM_THREADS"], os.environ["NUMBA_NUM_THREADS"]
@@ -151,20 +175,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ray", action="store_true", help="time two nodes of Ray alone, beside one process")
+    parser.add_argument("--calibration", action="store_true", help="time calibrated folds alone")
     parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: a temporary folder)")
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         small, large = Path(place) / "small", Path(place) / "large"
-        write(small, 22, 4)
-        fold(small)
+        settings = calibration() if args.calibration else {}
+        if args.calibration:
+            write_plain(small)
+        else:
+            write(small, 22, 4)
+        fold(small, **settings)
         for _ in range(args.repeats):
-            found.setdefault("one", []).append(timed(lambda: fold(small), lambda: used()[0]))
+            found.setdefault("one", []).append(timed(lambda: fold(small, **settings), lambda: used()[0]))
             if args.ray:
                 found.setdefault("ray, two nodes", []).append(by_ray(small))
                 continue
-            for count in (1, 2, 4):
-                found.setdefault(f"processes {count}", []).append(by_processes(small, count)[0])
+            for count in (1, 2) if args.calibration else (1, 2, 4):
+                found.setdefault(f"processes {count}", []).append(by_processes(small, count, **settings)[0])
+            if args.calibration:
+                continue
             found.setdefault("commands", []).append(timed(lambda: commands(small), children))
             found.setdefault("many", []).append(timed(lambda: many(small), children))
             show(found)
@@ -174,13 +205,13 @@ def main() -> None:
             "versions": versions(),
             "medians": {way: median(rows) for way, rows in found.items()},
         }
-        if not args.ray:
+        if not args.ray and not args.calibration:
             write(large, 69, 1)
             facts["2 GB, peak of each of 4 processes in MB"] = [round(n / 1e6) for n in by_processes(large, 4)[1]]
             facts["2 GB, peak of one process in MB"] = [round(n / 1e6) for n in by_processes(large, 1)[1]]
     show(found)
     print(json.dumps(facts, indent=2))
-    name = "scale-ray.json" if args.ray else "scale.json"
+    name = "scale-ray.json" if args.ray else "scale-calibration.json" if args.calibration else "scale.json"
     (HERE / "results" / name).write_text(json.dumps(facts, indent=2) + "\n")
 
 

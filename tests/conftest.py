@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
-collect_ignore = ["scale/ray_cluster.py"]  # needs Ray; `make test-ray` names the file
+collect_ignore = ["scale/mpi_pool.py", "scale/ray_cluster.py"]  # need MPI and Ray; `make test-scale` names the files
 
 
 @pytest.fixture(autouse=True)

@@ -365,9 +365,7 @@ class Broken(Executor):
         raise BrokenExecutor("no worker")
 
 
-def test_what_no_executor_can_do_is_refused(
-    tmp_path: Path, processes: Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_executor_can_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_inputs(tmp_path / "work")
     with (
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as forks,
@@ -376,8 +374,6 @@ def test_what_no_executor_can_do_is_refused(
         fold(folder, "two", executor=forks)
     with pytest.raises(StateError, match=r"an executor is a concurrent\.futures\.Executor, not a int"):
         fold(folder, "two", executor=4)
-    with pytest.raises(StateError, match=r"a calibration runs the model block by block in one process"):
-        fold(folder, "two", executor=processes, calibration=["a text"], rounding="calibrated")
     with pytest.raises(EngineError, match=r"the executor is broken: no worker.*resume=True"):
         fold(folder, "two", executor=Broken())
     monkeypatch.setitem(sys.modules, "ray", None)

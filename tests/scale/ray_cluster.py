@@ -1,4 +1,4 @@
-"""Folds on a cluster of Ray with two nodes on this machine. ``make test-ray`` runs this file in an environment with Ray; pytest
+"""Folds on a cluster of Ray with two nodes on this machine. ``make test-scale`` runs this file in an environment with Ray; pytest
 does not collect this file by itself.
 """
 
@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+from checkpoints import file_bytes
 from layered import write_inputs
 from ray.cluster_utils import Cluster
 from test_executors import CASES, check_same, fold, place  # noqa: F401 - `place` is a fixture
 
 import oftsurgery
 from oftsurgery import tasks
+from oftsurgery.calibrate import batch_runs
 from oftsurgery.cli import main as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
@@ -48,6 +51,17 @@ def test_two_nodes_write_the_same_bytes(name: str, place: Path) -> None:  # noqa
     with oftsurgery.RayExecutor() as executor:
         fold(place / name, "ray", **CASES[name][3], executor=executor)
     check_same(place / name, "ray")
+
+
+def test_two_nodes_calibrate_to_the_same_bytes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(batch_runs, "CHUNK_TOKENS", 200)
+    folder = place / "nf4 double, preserve"
+    tokens = torch.randint(0, 64, (4, 8, 24), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": batch} for batch in tokens]
+    fold(folder, "calibrated", calibration=batches)
+    with oftsurgery.RayExecutor() as executor:
+        fold(folder, "calibrated by ray", calibration=batches, executor=executor)
+    assert file_bytes(folder / "calibrated by ray") == file_bytes(folder / "calibrated")
 
 
 def test_the_command_and_the_name(place: Path) -> None:  # noqa: F811
