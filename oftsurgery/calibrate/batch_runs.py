@@ -18,7 +18,7 @@ from oftsurgery.weights.calibrate import fold_calibrated
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 from .batches import Batch, length_of, sequences_of
-from .block_sources import Job, LiveBlocks, exact_weight
+from .block_sources import Job, LiveBlocks, dtype_of_weights, exact_weight
 from .blocks import Call, before_calls, first_call, hidden_of, run_batch, weights_of
 from .hidden_values import HiddenValues
 from .input_sums import InputSum, InputSums
@@ -124,13 +124,12 @@ class BlockWeights:
     @cached_property
     def exact(self) -> dict[str, Tensor]:
         """The weights in the live model, of layers that multiply by nothing else."""
-        plain = [path for path in self.paths if self.source.is_plain(path, self.jobs[path][0])]
-        return {path: exact_weight(self.before[path], self.jobs[path][0], self.dtype) for path in plain}
+        return {path: exact_weight(self.before[path], self.jobs[path][0], self.dtype) for path in self._plain}
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
         """The same in the folded model, as far as the layers are folded."""
-        return {path: self._decoded(path) if path in self.folded else exact for path, exact in self.exact.items()}
+        return {path: self._decoded(path) if path in self.folded else self.exact[path] for path in self._plain}
 
     def fold(self, path: str, folded: EncodedWeight) -> None:
         """Take over the folded weight of a layer."""
@@ -138,8 +137,12 @@ class BlockWeights:
         if "stored" in self.__dict__ and path in self.stored:
             self.stored[path] = self._decoded(path)
 
+    @cached_property
+    def _plain(self) -> list[str]:
+        return [path for path in self.paths if self.source.is_plain(path, self.jobs[path][0])]
+
     def _decoded(self, path: str) -> Tensor:
-        return codecs.decode(self.folded[path]).to(self.exact[path].dtype)
+        return codecs.decode(self.folded[path]).to(dtype_of_weights(self.dtype))
 
 
 class Runs(Protocol):

@@ -163,4 +163,9 @@ def exact_weight(before: EncodedWeight, chain: Sequence[WeightMap], dtype: torch
     """The rotated weight, for hidden values of ``dtype``."""
     with rotations.full_precision(before.tensors["weight"].device.type):
         exact = rotate_chain(codecs.decode(before), chain)
-    return exact.to(torch.promote_types(dtype, torch.bfloat16))
+    return exact.to(dtype_of_weights(dtype))
+
+
+def dtype_of_weights(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the weights that multiply hidden values of ``dtype``."""
+    return torch.promote_types(dtype, torch.bfloat16)

@@ -149,6 +149,7 @@ class TaskRuns:
     Attributes:
         tasks: the tasks of the executor.
         work: what the tasks share.
+        here: the same for this process, which need not have the workers' device.
         batches: the batches.
         passed: function that is called after each batch of a block.
         call, hidden: the call of the first block by the first batch.
@@ -156,6 +157,7 @@ class TaskRuns:
 
     tasks: Tasks
     work: Work
+    here: Work
     batches: Batches
     passed: Callable[[], None]
     call: Call
@@ -164,7 +166,7 @@ class TaskRuns:
 
     @property
     def first(self) -> tuple[Call, Tensor]:
-        return self.call, self.work.get(f"live-{self.block}-0")[0] if self.block else self.hidden
+        return self.call, self.here.get(f"live-{self.block}-0")[0] if self.block else self.hidden
 
     def gather(self, step: Step, weights: BlockWeights, *, share: bool) -> Iterator[InputSums]:
         def ended(chunk: range, _: None) -> None:
@@ -176,14 +178,14 @@ class TaskRuns:
             self.tasks.give(gather_chunk, *given, then=partial(ended, chunk))
         self.tasks.run()
         for i in range(len(self.batches.chunks)):
-            yield InputSums.from_plain(self.work.get(sums_name(step, i, share)))
+            yield InputSums.from_plain(self.here.get(sums_name(step, i, share)))
             self._remove(sums_name(step, i, share))
 
     def fold(self, step: Step, weights: BlockWeights, found: InputSums) -> dict[str, FoldedWeight | None]:
         folded: dict[str, FoldedWeight | None] = dict.fromkeys(step.paths)
 
         def ended(path: str, facts: Mapping[str, Any]) -> None:
-            folded[path] = FoldedWeight(folded_weight(self.work, path, weights.jobs[path]), **facts)
+            folded[path] = FoldedWeight(folded_weight(self.here, path, weights.jobs[path]), **facts)
 
         names: dict[str, str] = {}
         for path in step.paths:
@@ -192,7 +194,7 @@ class TaskRuns:
                 inputs = own.inputs(path)
                 if leader not in names:
                     names[leader] = f"inputs-{leader}"
-                    self.work.put(names[leader], vars(inputs))
+                    self.here.put(names[leader], vars(inputs))
                 self.tasks.give(fold_layer, self.work, path, names[leader], then=partial(ended, path))
         self.tasks.run()
         for name in names.values():
@@ -232,7 +234,7 @@ def by_tasks(engine: Engine, plan: CheckpointPlan, staging: Staging, passed: Cal
             first = first or call
         assert first is not None  # noqa: S101 - there is a batch
         work.put("batches", batches.as_plain())
-        return TaskRuns(tasks, work, batches, passed, first, first.hidden)
+        return TaskRuns(tasks, work, replace(work, device="cpu"), batches, passed, first, first.hidden)
 
     with Tasks(engine.executor) as tasks:
         with disk_errors(folder):
