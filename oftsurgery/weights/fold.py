@@ -135,9 +135,7 @@ def fold_encoded(
         if fast is not None:
             return fast
         exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
-        # weights that nothing turns get bitsandbytes' own codes, those of values on a midpoint too; the kernel gives nothing for
-        # values that are not finite
-        fast = kernels.store(encoded, exact, into, used) if order else None
+        fast = kernels.store(encoded, exact, into, used)  # None for values that are not finite
         if fast is not None:
             return fast
         if not bool(torch.isfinite(exact).all()):

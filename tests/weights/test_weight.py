@@ -22,7 +22,7 @@ from oftsurgery.formats import codecs, levels
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import kernels
 from oftsurgery.weights.cpu_kernels import tables
-from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
+from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, rotate_chain, unfold_weight
 from oftsurgery.weights.kernels import blockwise
 
 NEUMANN = Cayley(terms=5)
@@ -372,10 +372,20 @@ def test_refusals() -> None:
         unfold_weight(normal(8, 2), singular)
 
 
-def test_a_weight_that_nothing_turns_gets_bitsandbytes_own_codes() -> None:
-    """FP4's levels lie on midpoints of int8's."""
-    f, into = WeightFormat("fp4", (64, 64), torch.float32, 64), WeightFormat("int8", (64, 64), torch.float16)
-    encoded = codecs.encode(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02, f)
-    want = codecs.encode(codecs.decode(encoded), into)
-    got = fold_encoded(encoded, (), into, "nearest").encoded
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "columns swapped"])
+@pytest.mark.parametrize("codec", ["fp4", "dense"])
+def test_values_on_a_midpoint_get_bitsandbytes_own_codes(codec: str, turned: bool) -> None:
+    """FP4's levels lie on midpoints of int8's. A quarter turn is exact."""
+    f, into = WeightFormat(codec, (64, 64), torch.float32, 64), WeightFormat("int8", (64, 64), torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator) * 0.02
+    if codec == "dense":
+        f = WeightFormat(codec, (64, 64), torch.float32)
+        halves = torch.randint(-126, 126, (64, 63), generator=generator) + 0.5
+        weight[:, 1:] = halves * weight[:, :1].abs() / 127
+    quarters = Rotation(torch.full((32, 1), -1.0))
+    chain = (quarters,) if turned else ()
+    encoded = codecs.encode(weight, f)
+    want = codecs.encode(rotate_chain(codecs.decode(encoded), chain), into)
+    got = fold_encoded(encoded, chain, into, "nearest").encoded
     assert all(torch.equal(tensor, got.tensors[name]) for name, tensor in want.tensors.items())

@@ -64,7 +64,8 @@ def encode_int8(job, base, x, first, count, row, result, work, sums):
         else:
             scale, over = own, load_one(numbers + OVER)
     store_one(load_word(job + NEW_SCALES) + 4 * row, scale)
-    factor = float32(127.0) / scale if scale > 0 else float32(0.0)
+    # torch divides a number by a tensor as the tensor's reciprocal times the number, and values on a midpoint feel the difference
+    factor = float32(float32(1.0) / scale) * float32(127.0) if scale > 0 else float32(0.0)
     overflows = as_bits(factor) >= NOT_FINITE
     step = scale / float32(127.0)
     many, few, more, divisor, limit = fill(factor), fill(step), fill(over), fill(scale), fill(float32(127.0))

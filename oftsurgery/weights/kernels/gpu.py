@@ -282,7 +282,8 @@ def fold_rows(
             at = moments + 2 * (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))
             tl.store(at, tl.sum(d * d, axis=1), mask=inside)
             tl.store(at + 1, tl.max(bits, axis=1).to(tl.float32, bitcast=True), mask=inside)
-        factor = tl.where(scb > 0, tl.div_rn(tl.full((ROWS,), 127.0, tl.float32), unit), 0.0)
+        # torch divides a number by a tensor as the tensor's reciprocal times the number
+        factor = tl.where(scb > 0, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), unit) * 127.0, 0.0)
         s = target * tl.where(factor < float("inf"), factor, 1.0)[:, None]
         if tl.max((factor == float("inf")).to(tl.int32)) > 0:  # 127/scb overflows: divide first
             s = tl.where((factor < float("inf"))[:, None], s, _quotient(target, unit[:, None]) * 127.0)
