@@ -161,6 +161,17 @@ def test_workers_give_the_same_bytes(
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("name", ["llama", "a layer outside of the blocks"])
+def test_workers_and_maps_on_a_gpu_give_the_same_bytes(
+    name: str, place: Path, processes: Executor, tmp_path: Path
+) -> None:
+    fold(place / name, tmp_path / "one", device="cuda")
+    fold(place / name, tmp_path / "many", device="cuda", executor=processes, device_map="auto")
+    assert file_bytes(tmp_path / "many") == file_bytes(tmp_path / "one")
+
+
 def test_threads_give_the_same_bytes(place: Path, tmp_path: Path, gathered: list[int]) -> None:
     fold(place / "bert", tmp_path / "one")
     with ThreadPoolExecutor(2) as executor:
