@@ -68,10 +68,12 @@ def _is_text(value: object) -> bool:
 
 
 def tokenise(texts: Sequence[str], folder: Path | str, size: int = TEXTS) -> list[Batch]:
-    """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
+    """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens, or after the last
+    position that the model has.
 
     Raises:
-        CalibrationError: transformers cannot load the tokenizer without code from the checkpoint.
+        CalibrationError: transformers cannot load the tokenizer without code from the checkpoint, or the model is an encoder with a
+            decoder, which needs inputs for both.
         MissingDependencyError: transformers is not installed.
     """
     with needs(*TRANSFORMERS):
@@ -82,7 +84,7 @@ def tokenise(texts: Sequence[str], folder: Path | str, size: int = TEXTS) -> lis
         message = f"the checkpoint's tokenizer cannot be loaded ({type(error).__name__}: {printable(error)})"
         remedy = "put the tokenizer's files beside the weights, or fold the model in memory with tokenised batches"
         raise CalibrationError(message, path=folder, remedy=remedy) from error
-    length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
+    length = min(int(tokenizer.model_max_length), TEXT_TOKENS, _positions(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     size = size if tokenizer.pad_token is not None else 1
@@ -95,6 +97,31 @@ def tokenise(texts: Sequence[str], folder: Path | str, size: int = TEXTS) -> lis
         message = "the checkpoint's tokenizer turns the texts into special tokens only"
         raise CalibrationError(message, path=folder, remedy="put the tokenizer's files beside the weights")
     return batches
+
+
+def _positions(folder: Path | str) -> int:
+    """The tokens that the model of a checkpoint takes at most.
+
+    Raises:
+        CalibrationError: the model is an encoder with a decoder.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):  # the model itself says what is wrong with its config
+        return TEXT_TOKENS
+    if getattr(config, "is_encoder_decoder", False):
+        message = "the model is an encoder with a decoder, and texts alone do not say what the decoder reads"
+        remedy = "fold without data (--rounding preserve), or fold the model in memory with batches of input_ids and decoder_input_ids"
+        raise CalibrationError(message, path=folder, remedy=remedy)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    behind = "roberta" in text.model_type or text.model_type in ("camembert", "mpnet")
+    before = (
+        1 + (getattr(text, "pad_token_id", None) or 0) if behind else 0
+    )  # they count positions from behind the padding
+    return positions - before if isinstance(positions, int) and positions > before else TEXT_TOKENS
 
 
 def batches_fingerprint(batches: Sequence[Batch]) -> str:

@@ -86,7 +86,7 @@ class Place:
         Raises:
             OFTSurgeryError: the subfolder leads out of the place, or the user's folder has no such subfolder.
         """
-        parts = subfolder.replace("\\", "/").split("/")
+        parts = subfolder.replace("\\", "/").removesuffix("/").split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
             message = f"the subfolder {printable(subfolder)!r} is no path inside the folder"
             raise self.refusal(

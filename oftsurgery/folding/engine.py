@@ -42,6 +42,8 @@ from .undo_writer import UndoCollector
 
 #: the number of modules that a warning names
 _NAMED = 5
+#: how many times as far as the adapter the rounding may move the weights, in the median, before a warning says so
+_MANY = 10
 
 
 # --- computing --------------------------------------------------------------------------------------------------------
@@ -413,6 +415,12 @@ def _warn_of_rounding(record: FoldRecord) -> None:
     formats = ", ".join(sorted({m.format for m in errors.values()}))
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
     kept = "" if record.kept is None else f"; {share(record.kept, '.1%')} of what the adapter changed is kept"
+    beside = sorted(m.rho for m in errors.values() if m.rho is not None)
+    if beside and (many := beside[len(beside) // 2]) >= _MANY:
+        kept += (
+            f", but the rounding moves the weights {many:.0f} times as far as the adapter does, which 16 bits (format='bf16', --format bf16) "
+            "would not"
+        )
     warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
         f"({printable(worst)}){kept}{_of_outputs(errors.values())}; the fold's record has the error of each module",
@@ -458,7 +466,10 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
     way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
     kept = len(plan.replace) - len(plan.turned)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
+    error = f"the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}"
+    if not total(worst):  # of weights in float32, whose storing costs nothing
+        error = "the products in float32 are rounded"
     warn_caller(
-        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",
+        f"rotating back is not bit-exact: {error}{stay}; {way}",
         UnfoldWarning,
     )

@@ -40,6 +40,9 @@ MOST = 16 * STEPS
 CLIP = 1.1
 #: about the largest number of weights from which ω is found; of a larger weight, some rows of each part are taken
 SAMPLE = 1 << 19
+#: the same where the sample gives an ω beyond 2 ** (WEAK / STEPS): the smaller the change, the fewer weights leave their levels, and
+#: the more weights it takes for some hundred that do
+LARGE_SAMPLE, WEAK = 1 << 22, 4 * STEPS
 #: the rows of a sample come in units of this number
 ROWS = 16
 #: the largest rotation of rows for which some rows at a time are rotated
@@ -122,16 +125,33 @@ def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Ten
 # --- the relaxation ---------------------------------------------------------------------------------------------------
 
 
-def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
+Ranges = Sequence[tuple[int, int]]
+
+
+def from_samples(f: WeightFormat, chain: Sequence[WeightMap], steps_of: Callable[[Ranges], int | None]) -> int | None:
+    """The steps of ω from a sample, or from a larger one where the change is weak.
+
+    Args:
+        chain: the weight's rotations, as for :func:`whole_rows`.
+        steps_of: function that gives the steps of ω from ranges of rows, or None.
+    """
+    rows, features = f.shape
+    small, large = (sample_of(rows, features, whole_rows(f, chain), most) for most in (SAMPLE, LARGE_SAMPLE))
+    steps = steps_of(small)
+    return steps if steps is None or steps <= WEAK or small == large else steps_of(large)
+
+
+def sample_of(rows: int, features: int, unit: int, most: int = SAMPLE) -> list[tuple[int, int]]:
     """Ranges of rows from which ω is found: all rows of a small weight, else one unit of each part. The units' places in
     the parts follow no period, because the rows of attention heads have a period.
 
     Args:
         unit: number of rows that must stay together; the units taken are a multiple of this and of :data:`ROWS`.
+        most: about the largest number of weights in the ranges.
     """
     unit = math.lcm(unit, ROWS)
     units = -(-rows // unit)
-    apart = max(1, min(rows * features // SAMPLE, units // _FEWEST))
+    apart = max(1, min(rows * features // most, units // _FEWEST))
     golden = (math.sqrt(5) - 1) / 2
     chosen = (start + int(start // apart * golden % 1 * min(apart, units - start)) for start in range(0, units, apart))
     return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
@@ -176,7 +196,7 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightForm
 
 
 def relaxation(
-    rows_of: Callable[[Sequence[tuple[int, int]]], tuple[Tensor, Tensor]],
+    rows_of: Callable[[Ranges], tuple[Tensor, Tensor]],
     own: Scales,
     f: WeightFormat,
     chain: Sequence[WeightMap] = (),
@@ -191,8 +211,11 @@ def relaxation(
         f: format of the weight.
         chain: the weight's rotations.
     """
-    ranges = sample_of(f.shape[0], f.shape[1], whole_rows(f, chain))
-    base, exact = rows_of(ranges)
+    return from_samples(f, chain, lambda ranges: _relaxation_of(ranges, *rows_of(ranges), own, f))
+
+
+def _relaxation_of(ranges: Ranges, base: Tensor, exact: Tensor, own: Scales, f: WeightFormat) -> int | None:
+    """:func:`relaxation` from the rows of ``ranges``."""
     scales = torch.cat([own.values[span(start, stop, f.shape[1], f.block)] for start, stop in ranges])
     v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)
     strong = is_strong(v, w, scales, base.numel(), f)

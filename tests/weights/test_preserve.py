@@ -1062,3 +1062,16 @@ def test_records_without_what_is_kept_are_read() -> None:
     assert (old.kept, old.weak, old.rounding) == (None, {}, "grid")
     with pytest.raises(TypeError, match=r"ModuleRecord.kept is 'most'"):
         FoldRecord.from_dict({**data, "modules": {"m": {**data["modules"]["m"], "kept": "most"}}})
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("amplitude", [1e-6, 1e-4])
+def test_a_very_small_change_of_a_large_weight_is_kept(amplitude: float, backend: str) -> None:
+    """Few weights leave their levels, and a sample of half a million weights would have some dozens of them."""
+    f = WeightFormat("nf4", (1024, 1024), torch.float32, blocksize=64)
+    encoded = codecs.encode(weight_of(f), f)
+    rotation, matrix = turned(1024, 32, amplitude)
+    with use_backend(backend):
+        got = preserved(encoded, rotation)
+    base = read(encoded).values
+    assert kept_in(read(got.encoded).values, base, base @ matrix.T) == pytest.approx(1, abs=0.08)

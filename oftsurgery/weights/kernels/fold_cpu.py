@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -368,8 +369,10 @@ class _Fold(blockwise.Fold):
 
     def _steps(self, kept: dict[str, Any]) -> int | None:
         """:func:`oftsurgery.weights.preserve.relaxation` of this weight."""
+        return preserve.from_samples(self.into, (), partial(self._steps_of, kept))
+
+    def _steps_of(self, kept: dict[str, Any], ranges: preserve.Ranges) -> int | None:
         into, features, size = self.into, self.into.shape[1], self.into.block
-        ranges = preserve.sample_of(into.shape[0], features, preserve.whole_rows(into))
         blocks = [-(-(end - begin) * features // size) for begin, end in ranges]
         planes, weights = np.empty((2, sum(blocks) * size), np.float32), np.zeros(sum(blocks), np.float32)
         planes[:, -size:] = 0  # the last block may be a short one
