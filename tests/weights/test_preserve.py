@@ -1065,7 +1065,7 @@ def test_records_without_what_is_kept_are_read() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
-@pytest.mark.parametrize("amplitude", [1e-6, 1e-4])
+@pytest.mark.parametrize("amplitude", [3e-7, 1e-5])
 def test_a_very_small_change_of_a_large_weight_is_kept(amplitude: float, backend: str) -> None:
     """Few weights leave their levels, and a sample of half a million weights would have some dozens of them."""
     f = WeightFormat("nf4", (1024, 1024), torch.float32, blocksize=64)
@@ -1074,4 +1074,4 @@ def test_a_very_small_change_of_a_large_weight_is_kept(amplitude: float, backend
     with use_backend(backend):
         got = preserved(encoded, rotation)
     base = read(encoded).values
-    assert kept_in(read(got.encoded).values, base, base @ matrix.T) == pytest.approx(1, abs=0.08)
+    assert kept_in(read(got.encoded).values, base, base @ matrix.T) == pytest.approx(1, abs=0.15)
