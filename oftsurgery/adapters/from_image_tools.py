@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from .from_peft import parse_adapter
 from .image_keys import Parts, sort_image_keys
 from .onetrainer import OneTrainerBlocks
 from .output_blocks import FinishedBlocks, FluxParts, OutputBlocks
-from .to_peft import KEY_PREFIX
+from .to_peft import IMAGE_METADATA, KEY_PREFIX
 from .weight_map import WeightMap
 
 Bias = Literal["kept", "rotated"]
@@ -86,7 +86,8 @@ def parse_image_adapter(
     config = _peft_config(metadata, source)
     if config is not None and (dialect is None or dialect.startswith("peft")):
         named = {key if key.startswith(KEY_PREFIX) else KEY_PREFIX + key: t for key, t in tensors.items()}
-        return parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
+        adapter = parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
+        return replace(adapter, config={**adapter.config, IMAGE_METADATA: dict(metadata)})
     parts, sums = _without_norms(sort_image_keys(tensors, source), source)
     args = _network_args(metadata)
     name = _dialect_of(parts, metadata, dialect, source)
@@ -106,7 +107,7 @@ def parse_image_adapter(
         raise DialectError(message, tensor=next(iter(sums)), path=source, remedy="restore the file that the tool saved")
     kept = bias or "kept" if rules.may_turn_bias else None
     config = {
-        "metadata": dict(metadata),
+        IMAGE_METADATA: dict(metadata),
         "without_alpha": name == "lycoris" and "alpha" not in next(iter(parts.values())),
     }
     return OFTAdapter(modules=modules, sums=sums, dialect=name, config=config, source=source, sha256=sha256, bias=kept)

@@ -8,7 +8,7 @@ scaled diag-oft becomes a BOFT of one factor, whose scale ComfyUI applies.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -49,9 +49,10 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
         message = "the adapter also adds to tensors of normalisation layers, which are not converted"
         raise AdapterError(message, tensor=next(iter(adapter.sums)), path=adapter.source, remedy="fold the adapter")
     found: dict[str, Tensor] = {}
+    names = _Names(adapter.modules, form)
     for path, weight_map in adapter.modules.items():
         with module_in_errors(path):
-            name, own = _name(path, form), _of_map(weight_map, form)
+            name, own = names.of(path), _of_map(weight_map, form, swapped=names.swapped(path))
             if f"{name}.alpha" in found:
                 message = f"two modules of the adapter would have the name {name!r}"
                 raise MatchError(message, remedy="convert the adapters of the components one by one")
@@ -59,18 +60,58 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
     return found
 
 
-def _name(path: str, form: ImageForm) -> str:
-    if _ENCODER.match(path):
-        return path
-    prefix = "lora_unet_" if form == "comfyui" else "lycoris_"
-    return prefix + _DENOISER.sub("", path, count=1).replace(".", "_")
+class _Names:
+    """The names of an adapter's modules in a form.
+
+    ComfyUI loads ``lora_unet_`` before the names of U-Nets and of original layouts, and ``lycoris_`` before diffusers' names of Flux, SD3
+    and Qwen-Image. It takes a modulation whose halves (shift and scale) its own layout holds in the other order from the rows in
+    that order, so such a module gets its original name, and halves in the original order.
+    """
+
+    def __init__(self, paths: Iterable[str], form: ImageForm) -> None:
+        flat = {path: _DENOISER.sub("", path, count=1).replace(".", "_") for path in paths if not _ENCODER.match(path)}
+        blocks = any(name.startswith(("transformer_blocks_", "single_transformer_blocks_")) for name in flat.values())
+        self._prefix = "lora_unet_" if form == "comfyui" and not blocks else "lycoris_"
+        self._flat = flat
+        self._originals = _swapped_names(flat.values()) if form == "comfyui" else {}
+
+    def of(self, path: str) -> str:
+        if path not in self._flat:
+            return path
+        original = self._originals.get(self._flat[path])
+        return self._prefix + self._flat[path] if original is None else f"lora_unet_{original}"
+
+    def swapped(self, path: str) -> bool:
+        return self._flat.get(path) in self._originals
 
 
-def _of_map(weight_map: WeightMap, form: ImageForm) -> dict[str, Tensor]:
+def _swapped_names(flat: Iterable[str]) -> dict[str, str]:
+    """``{flattened name in diffusers' layout: original name}`` of the modules whose halves are in the other order there: in Flux and SD3
+    the last modulation, and in SD3 that of the last context, whose block alone has no ``to_add_out``.
+    """
+    names = set(flat)
+    found: dict[str, str] = {}
+    sd3 = any(re.match(r"transformer_blocks_\d+_(norm1_context|ff_context)_", name) for name in names)
+    flux = any(name.startswith("single_transformer_blocks_") for name in names)
+    if "norm_out_linear" in names and (flux or sd3):
+        found["norm_out_linear"] = "final_layer_adaLN_modulation_1"
+    blocks = [int(match[1]) for name in names if (match := re.match(r"transformer_blocks_(\d+)_", name))]
+    last = max(blocks, default=0)
+    added = [int(match[1]) for name in names if (match := re.match(r"transformer_blocks_(\d+)_attn_to_add_out", name))]
+    if added and last > max(added) and f"transformer_blocks_{last}_norm1_context_linear" in names and not flux:
+        found[f"transformer_blocks_{last}_norm1_context_linear"] = (
+            f"joint_blocks_{last}_context_block_adaLN_modulation_1"
+        )
+    return found
+
+
+def _of_map(weight_map: WeightMap, form: ImageForm, *, swapped: bool) -> dict[str, Tensor]:
     if weight_map.turns_bias:
         message = "the live layers of the training turned biases, which this form does not store"
         raise AdapterError(message, remedy="fold the adapter; or read it with bias='kept' on purpose")
     q, scale = _generator(weight_map)
+    if swapped:
+        q, scale = _with_halves_swapped(q), None if scale is None else scale.roll(scale.numel() // 2, 0)
     none = {"alpha": torch.tensor(0.0)}
     rescale = {} if scale is None else {"rescale": scale.reshape(-1, 1)}
     if q.ndim == 3 and scale is not None and form == "comfyui":
@@ -111,6 +152,29 @@ def _one_size(m: FluxParts) -> Tensor:
             raise AdapterError(message, remedy="fold the adapter: a fold needs no conversion")
         found.append(rotations.block_diagonal(q, size, shared=False))
     return torch.cat(found)
+
+
+def _with_halves_swapped(q: Tensor) -> Tensor:
+    """The generators ``(n, b, b)`` or ``(m, n, b, b)`` of the same map of rows whose halves are in the other order.
+
+    Raises:
+        AdapterError: a block, or a group of a factor, lies in both halves.
+    """
+    if q.ndim == 3:
+        return _rolled(q, 1)
+    return torch.stack([_rolled(factor, 2**i) for i, factor in enumerate(q)])
+
+
+def _rolled(blocks: Tensor, group: int) -> Tensor:
+    """The blocks ``(n, b, b)`` of one factor, which interleaves halves of groups of ``group`` blocks."""
+    n, b, _ = blocks.shape
+    if (n // group) % 2 == 0:
+        return blocks.roll(n // 2, 0)
+    if n == group > 1:  # the two halves of the one group alternate in the blocks
+        order = torch.arange(b) ^ 1
+        return blocks[:, order][:, :, order]
+    message = "ComfyUI takes the halves (shift and scale) of this modulation in the other order, and a block lies in both halves"
+    raise AdapterError(message, remedy="fold the adapter: a fold needs no conversion")
 
 
 def _as_one_factor(q: Tensor) -> Tensor:

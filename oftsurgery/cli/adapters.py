@@ -52,6 +52,13 @@ def _add_adapter_commands(adapter: Parser) -> None:
 
     def output(parser: Parser) -> None:
         parser.add_shared("output")
+        parser.add_argument(
+            "--base",
+            metavar="BASE",
+            help="model that the adapter is for, where the adapter's files do not tell all that peft's form needs: folder, Hub id, "
+            "pipeline or single file",
+        )
+        parser.add_shared(*PIPELINE_FLAGS)
         parser.add_shared("--force", help="replace the output folder")
 
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
@@ -118,10 +125,13 @@ def _adapter_show(args: argparse.Namespace) -> None:
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    adapter = _loaded(args)[0]
     if args.to == "peft":
-        _write_adapter(args, adapter)
+        _write_adapter(args, _loaded(args)[0])
         return
+    if args.base is not None:
+        message = f"a base was given, but the form {args.to} needs none"
+        raise StateError(message, remedy="leave out --base, or convert to peft: --to peft")
+    adapter = _loaded(args)[0]
     adapter.save_for(args.to, args.output, force=args.force)
     facts = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
     if wants_words(args, facts):
@@ -147,7 +157,14 @@ def _loaded(args: argparse.Namespace) -> list[oftsurgery.OFTAdapter]:
     """The adapters that a command was given."""
     from oftsurgery.api.arguments import loaded_adapters
 
-    return loaded_adapters(adapters_of(args))
+    found = loaded_adapters(adapters_of(args))
+    if getattr(args, "base", None) is None:
+        if any(getattr(args, name, None) is not None for name in ("component", "variant")):
+            message = "a component or a variant was named, but no base"
+            raise StateError(message, remedy="name the base too: --base BASE")
+        return found
+    how = keywords(args, *(flag.removeprefix("--") for flag in PIPELINE_FLAGS))
+    return [oftsurgery.as_peft(adapter, args.base, **how) for adapter in found]
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:

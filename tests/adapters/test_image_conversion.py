@@ -4,11 +4,13 @@ trainers' own live layers computed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from image_goldens import GOLDENS, Golden, model_of, relative
+from image_goldens import GOLDENS, IMAGE, Golden, model_of, relative
+from safetensors.torch import load_file
 
 import oftsurgery
 from oftsurgery import AdapterError, StateError
@@ -41,6 +43,40 @@ def test_the_tools_compute_what_the_trainer_computed(golden: Golden, form: str, 
     folded = oftsurgery.fold(model, new, strength_mode=mode).state_dict()
     for name, exact in (effective or {}).items():
         assert relative(folded[name], exact) <= 2e-6, name
+
+
+@pytest.mark.parametrize("variant", ["trained-on-diffusers_diag-oft_dim4", "trained-on-diffusers_boft_dim8"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_comfyui_takes_swapped_halves_from_the_original_layout(variant: str, scaled: bool, tmp_path: Path) -> None:
+    """The modulation gets its original name, and generators for the order of that layout; the other modules keep diffusers' names."""
+    adapter = oftsurgery.load_adapter(IMAGE / "layouts-flux" / variant / "adapter.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    if scaled:
+        modules = {
+            p: replace(m, scale=1 + 0.1 * torch.randn(m.rows, 1, generator=draw)) for p, m in adapter.modules.items()
+        }  # type: ignore[attr-defined,call-arg]
+        adapter = replace(adapter, modules=modules)
+    adapter.save_for("comfyui", tmp_path / "new.safetensors")
+    new = oftsurgery.load_adapter(tmp_path / "new.safetensors")
+    assert "lora_unet_final_layer_adaLN_modulation_1" in new.modules
+    assert all(p.startswith("lycoris_") for p in new.modules if "final_layer" not in p)
+    base = load_file(IMAGE / "layouts-flux" / "base.safetensors")
+    for which in ("original.", "diffusers."):
+        model = model_of({n.removeprefix(which): t for n, t in base.items() if n.startswith(which)})
+        one, other = (oftsurgery.fold(model, a, strength_mode=m) for a, m in ((new, "comfyui"), (adapter, "angle")))
+        assert all(relative(t, other.state_dict()[name]) < 2e-6 for name, t in one.state_dict().items())
+        assert "other-in-comfyui" not in {f.code for f in oftsurgery.doctor(new, base=model)}
+
+
+def test_a_block_in_both_halves_is_refused(tmp_path: Path) -> None:
+    modules = {
+        "lycoris_single_transformer_blocks_0_proj_out": OutputBlocks(torch.zeros(3, 4, 4), 0.0, "lycoris"),
+        "lycoris_norm_out_linear": OutputBlocks(torch.randn(3, 4, 4), 0.0, "lycoris"),
+    }
+    adapter = oftsurgery.OFTAdapter(modules, dialect="lycoris")  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match=r"a block lies in both halves.*norm_out_linear.*fold the adapter"):
+        adapter.save_for("comfyui", tmp_path / "new.safetensors")
+    adapter.save_for("lycoris", tmp_path / "new.safetensors")
 
 
 def test_a_strength_is_kept_where_it_is_a_rotation(tmp_path: Path) -> None:
