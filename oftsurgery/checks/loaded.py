@@ -335,7 +335,9 @@ class LoadedCheckpoint:
         """
         if self._of_diffusers:
             keys = [*(map(str, skip) if isinstance(skip, list) else ()), *self._kept]
-            plain = re.compile("|".join(rf"^(.*\.)?{k}$|{k}\." for k in map(re.escape, keys)) or "(?!)")
+            # an entry with dots is a whole path, or the beginning of a path inside the model
+            ends = [rf"^{re.escape(k)}$" if "." in k else rf"^(.*\.)?{re.escape(k)}$" for k in keys]
+            plain = re.compile("|".join([*ends, *(rf"{re.escape(k)}\." for k in keys)]) or "(?!)")
             own = (path for path, module in self.model.named_modules() if isinstance(module, nn.Linear))
             return frozenset(f"{path}.weight" for path in own if not plain.search(path))
         from transformers.quantizers.base import HfQuantizer

@@ -76,8 +76,8 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--trained-on": {
         "metavar": "|".join((*TRAINED_ON, "FILE")),
         "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
-        "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
-        "names)",
+        "before the fold; of the models of a pipeline, unet=nf4,text_encoder=plain (default: what the files of the trainer beside the adapter "
+        "say, or a quantised base that the adapter's config names)",
     },
     "--strength": {
         "type": float,

@@ -177,6 +177,61 @@ def test_one_undo_record_for_several_models(storage: str, place: Path, tmp_path:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(("quantised", "kind"), [("unet", "nf4"), ("text_encoder", "int8")])
+def test_plain_and_quantised_models_in_one_fold(quantised: str, kind: str, place: Path, tmp_path: Path) -> None:
+    """Each model as it is stored; the arguments that are about plain models; and what is said of each model."""
+    base, out, undo = tmp_path / "base", tmp_path / "out", tmp_path / "fold.undo"
+    shutil.copytree(place / "base", base)
+    shutil.rmtree(base / quantised)
+    if quantised == "unet":
+        load(place / "base" / "unet", "UNet2DConditionModel", kind).save_pretrained(base / "unet")
+    else:
+        with quiet_transformers():
+            encoder = transformers.CLIPTextModel.from_pretrained(
+                place / "base" / "text_encoder", quantization_config=bnb_config(kind)
+            )
+        quietly(encoder.save_pretrained, base / "text_encoder")
+    adapters = {"unet": place / "unet", "text_encoder": place / "text"}
+    each = ",".join(f"{name}={kind if name == quantised else 'plain'}" for name in adapters)
+    given = [base, list(adapters.values())]
+    for said in ({}, {"trained_on": "plain"}, {"trained_on": "fp4", "format": "fp4"}):
+        with pytest.raises(oftsurgery.StateError, match=rf"of each model of the pipeline.*--trained-on {each}\)"):
+            oftsurgery.fold_checkpoint(*given, out, **said)
+    for wrong, message in (("vae=plain", "names 'vae'.*unet, text_encoder"), ("unet=nf5", "'nf5' is neither")):
+        with pytest.raises(oftsurgery.StateError, match=message):
+            oftsurgery.fold_checkpoint(*given, out, trained_on=wrong)
+    assert not out.exists()
+
+    def alone(name: str, **how: Any) -> dict[str, Any]:
+        to = tmp_path / f"{name}-{len(how)}"
+        how |= {"trained_on": "plain"} if name != quantised and "format" not in how else {}
+        quietly(oftsurgery.fold_checkpoint, base / name, adapters[name], to, **how)
+        return contents_of(to)
+
+    weights = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    record = quietly(oftsurgery.fold_checkpoint, *given, out, trained_on=each, undo=undo)
+    assert {path.partition(".")[0] for path in record.modules} == adapters.keys()
+    for name, file in weights.items():
+        assert contents_of(out / name)[file] == alone(name)[file]
+        config = json.loads((out / name / "config.json").read_text())
+        assert ("quantization_config" in config) is (name == quantised)
+    report = quietly(oftsurgery.verify_checkpoint, out, *given)
+    assert report.ok, report.wrong
+    assert oftsurgery.doctor(out) == []
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "back", undo=undo)
+    assert contents_of(tmp_path / "back") == contents_of(base)
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "from-base", base=base)
+    assert contents_of(tmp_path / "from-base") == contents_of(base)
+    # the plain model is quantised as its own loading would, and the other keeps its format
+    settings = {"quantize": kind, "format": kind, "skip_modules": ["fc1", "to_out.0"]}
+    quietly(oftsurgery.fold_checkpoint, *given, tmp_path / "both", **settings)
+    for name, file in weights.items():
+        own = settings if name != quantised else {"format": kind}
+        assert contents_of(tmp_path / "both" / name)[file] == alone(name, **own)[file]
+    report = quietly(oftsurgery.verify_checkpoint, tmp_path / "both", *given)
+    assert report.ok, report.wrong
+
+
 def test_a_killed_fold_of_several_models_resumes_with_its_undo_record(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
