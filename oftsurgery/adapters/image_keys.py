@@ -25,11 +25,34 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"dora_scale$"), "the file has a DoRA scale, and the tools do not agree on what a DoRA of an OFT computes"),
     (re.compile(r"(initial_norm|dora_(log_)?multiplier)$"), "an unreleased branch of OneTrainer wrote the file (DoRA of an OFT)"),
     (re.compile(r"(^|\.)(psoft_\w+|[AB]\.psoft)"), "the file is of PSOFT, whose other matrices come from a decomposition of the base and are not stored"),
-    (re.compile(r"^bundle_emb\."), "the file holds embeddings for a tokenizer beside the rotations (`bundle_emb`)"),
 )  # fmt: skip
+
+#: embeddings of textual inversion that tools bundle with an adapter: ``bundle_emb.<name>.…``
+_EMBEDDING = re.compile(r"bundle_emb\.([^.]+)(\..*)?", re.DOTALL)
 
 _TRAIN_PLAIN = "fold a file that a release of the tool wrote"
 _SAVE_ALONE = "save the OFT parts as a file of their own (a copy of the file without these keys)"
+
+
+def without_bundled(
+    tensors: Mapping[str, Tensor], source: str | None, *, leave_out: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """``(the other tensors, the names of the embeddings that are bundled with the adapter)``.
+
+    Raises:
+        DialectError: the file holds such embeddings, and the caller did not say that they are left out.
+    """
+    bundled = {key: match[1] for key in tensors if (match := _EMBEDDING.fullmatch(key)) is not None}
+    if bundled and not leave_out:
+        names = ", ".join(map(printable, dict.fromkeys(bundled.values())))
+        message = f"the file holds embeddings of textual inversion beside the rotations (bundle_emb: {names}), which no fold puts into a model"
+        remedy = (
+            "leave them out on purpose: load_adapter(…, without_embeddings=True) (--without-embeddings), and give your tool the embeddings "
+            "as files of their own"
+        )
+        raise DialectError(message, tensor=next(iter(bundled)), path=source, remedy=remedy)
+    own = {key: tensor for key, tensor in tensors.items() if key not in bundled}
+    return own, tuple(sorted(set(bundled.values())))
 
 
 def sort_image_keys(tensors: Mapping[str, Tensor], source: str | None) -> Parts:
@@ -45,8 +68,7 @@ def sort_image_keys(tensors: Mapping[str, Tensor], source: str | None) -> Parts:
         where: dict[str, Any] = {"tensor": key, "path": source}
         for pattern, why in _REFUSED:
             if pattern.search(key):
-                remedy = _SAVE_ALONE if "beside" in why else _TRAIN_PLAIN
-                raise DialectError(why, **where, remedy=remedy)
+                raise DialectError(why, **where, remedy=_TRAIN_PLAIN)
         match = _END.fullmatch(key)
         if match is None or (
             match["end"].startswith("oft_R.") and match["end"] not in ("oft_R.weight", "oft_R.scaled_oft")

@@ -268,7 +268,8 @@ class LoadedCheckpoint:
     def transposed(self, name: str) -> bool:
         """Whether a plain weight is held ``(in, out)``."""
         if self.model is None:
-            return self.checkpoint.config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
+            conv1d = self.checkpoint.config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
+            return conv1d or (name in self._from and self._from[name] == name.removesuffix(".weight"))
         return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
 
     def dtype_of(self, name: str) -> torch.dtype | None:
@@ -368,7 +369,11 @@ class LoadedCheckpoint:
 
 
 def _of_module(name: str) -> str:
-    """The name of a stored tensor, or for an attention's fused projection in OpenCLIP the name that a module's tensor would have."""
+    """The name of a stored tensor, or for the projections of OpenCLIP, an attention's fused one and that of the text (which is held
+    ``(in, out)``), the name that a module's tensor would have.
+    """
+    if re.fullmatch(r"(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.model\.text_projection", name):
+        return f"{name}.weight"
     before, mark, leaf = name.rpartition(".attn.in_proj_")
     return f"{before}.attn.in_proj.{leaf}" if mark and leaf in ("weight", "bias") and ".resblocks." in before else name
 

@@ -122,6 +122,8 @@ def _adapter_show(args: argparse.Namespace) -> None:
         print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
         if facts["saved"]:
             print(f"tensors of the adapter's own: {', '.join(facts['saved'])}")
+        if facts["left_out"]:
+            print(f"embeddings that were left out: {', '.join(map(printable, facts['left_out']))}")
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
