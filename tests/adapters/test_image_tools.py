@@ -472,3 +472,27 @@ def test_bundled_embeddings_are_left_out_on_request(tmp_path: Path, capsys: pyte
     assert "embeddings that were left out: my style, second" in capsys.readouterr().out
     with pytest.raises(AdapterError, match="are for the single files of image tools"):
         oftsurgery.load_adapter(IMAGE / "peft-0.21.2" / "road_1", without_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight", "lora_unet_a.alpha"], "is a LoRA adapter, not an"),
+        (["transformer.a.lora_A.weight", "transformer.a.lora_B.weight"], "is a LoRA adapter, not an OFT adapter"),
+        (["lycoris_a.hada_w1_a", "lycoris_a.hada_w1_b"], "is a LoHa adapter"),
+        (["lycoris_a.lokr_w1", "lycoris_a.lokr_w2"], "is a LoKr adapter"),
+        (["lycoris_a.on_input", "lycoris_a.weight"], r"is a \(IA\)³ adapter"),
+        (["down_blocks.0.conv.weight"], "is no adapter: it holds tensors like.*BASE, ADAPTER and OUTPUT in this order"),
+    ],
+)  # fmt: skip
+def test_files_of_other_kinds(names: list[str], message: str, write: Callable[..., Path]) -> None:
+    file = write({name: torch.ones(2, 2) for name in names})
+    with pytest.raises(DialectError, match=message):
+        oftsurgery.load_adapter(file)
+    codes = [f.code for f in oftsurgery.doctor(file)]
+    assert codes == ([] if "no adapter" in message else ["dialect"])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="the file does not exist"):
+        oftsurgery.load_adapter(tmp_path / "style.safetensors")
