@@ -35,6 +35,12 @@ def add_commands(command: AddCommand) -> None:
         metavar="B",
         help="block size of the rotations (default: detected); with a size, extract gives the best rotations for any difference",
     )
+    extract.add_argument(
+        "--side",
+        choices=("input", "output"),
+        help="features of the layers that are rotated (default: the inputs, or else the outputs where rotations of these predict the "
+        "difference); rotations of outputs are written as a file of LyCORIS, OUTPUT.safetensors",
+    )
     extract.add_shared(*PIPELINE_FLAGS, "--follow-links")
     extract.add_shared("--force", help="replace the output folder")
 
@@ -91,9 +97,16 @@ def _extract(args: argparse.Namespace) -> None:
         if args.verbose:
             print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
 
-    settings = keywords(args, "component", "variant")
+    settings = keywords(args, "side", "component", "variant")
+    if args.side is not None:
+        _check_form(args.side, args.output)
     adapter = oftsurgery.extract_checkpoint(args.base, args.merged, args.block_size, **settings, progress=step)
-    adapter.save(args.output, force=args.force)
+    if adapter.dialect == "peft-0.13":
+        _check_form("output", args.output)
+        adapter.save_for("lycoris", args.output, force=args.force)
+    else:
+        _check_form("input", args.output)
+        adapter.save(args.output, force=args.force)
     if wants_words(args, adapter):
         rows: list[Row] = []
         for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error):
@@ -104,6 +117,16 @@ def _extract(args: argparse.Namespace) -> None:
         head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
         print_table(head, rows)
         print(f"wrote {args.output}: {len(rows)} rotations explain {share(adapter.explained, '.1%')} of the difference")
+
+
+def _check_form(side: str, output: str) -> None:
+    """Refuse a folder for rotations of outputs, and a file's name for the folder of peft."""
+    if side == "output" and not output.endswith(".safetensors"):
+        message = "the rotations are of the outputs, for which peft has no form, and are written as a file of LyCORIS"
+        raise StateError(message, path=output, remedy="name a file: OUTPUT.safetensors")
+    if side != "output" and output.endswith(".safetensors"):
+        message = "the rotations are of the inputs, and are written as a folder of peft"
+        raise StateError(message, path=output, remedy="name a folder; or --side output, for rotations of outputs")
 
 
 def _adapter_show(args: argparse.Namespace) -> None:
