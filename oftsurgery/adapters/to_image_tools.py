@@ -125,7 +125,9 @@ def _generator(weight_map: WeightMap) -> tuple[Tensor, Tensor | None]:
     Raises:
         AdapterError: the map is no such rotation.
     """
-    m = weight_map.resolved() if isinstance(weight_map, AtStrength) else weight_map
+    m = weight_map
+    if isinstance(m, AtStrength):
+        m = m.of.at_strength(m.strength, m.mode)
     if isinstance(m, (OutputBlocks, LycorisBoft)):
         return m.generator(), checked_scale(m.scale)
     if isinstance(m, FluxParts):

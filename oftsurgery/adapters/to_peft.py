@@ -89,7 +89,10 @@ def _expressible(weight_map: WeightMap) -> Rotation:
     if r.side == "output":
         lack = "peft 0.21 can store rotations of inputs and embeddings alone"
         message = f"the adapter has a rotation of the outputs (peft ≤ 0.13): {lack}"
-        raise AdapterError(message, remedy="fold the adapter; or fold it into a copy of the base and train anew")
+        raise AdapterError(
+            message,
+            remedy="fold the adapter; or write it for other tools: save_for('lycoris', file), --to lycoris or comfyui",
+        )
     if r.scale is not None and bool((r.scale != 1).any()):
         message = "the adapter has a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 cannot store a scale"
         remedy = "fold the adapter; or leave out the scale on purpose: dataclasses.replace(rotation, scale=None)"

@@ -59,6 +59,13 @@ def _add_adapter_commands(adapter: Parser) -> None:
     def output(parser: Parser) -> None:
         parser.add_shared("output")
         parser.add_argument(
+            "--to",
+            choices=("peft", "lycoris", "comfyui"),
+            default="peft",
+            help="form to write: peft's folder; a file that LyCORIS reads; or a file from which ComfyUI and the web UI compute at "
+            "strength 1 what the trainer computed (default: %(default)s)",
+        )
+        parser.add_argument(
             "--base",
             metavar="BASE",
             help="model that the adapter is for, where the adapter's files do not tell all that peft's form needs: folder, Hub id, "
@@ -70,13 +77,6 @@ def _add_adapter_commands(adapter: Parser) -> None:
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
     text = "write an adapter as peft 0.21 reads it, or as LyCORIS or ComfyUI read it"
     convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
-    convert.add_argument(
-        "--to",
-        choices=("peft", "lycoris", "comfyui"),
-        default="peft",
-        help="form to write: peft's folder; a file that LyCORIS reads; or a file from which ComfyUI and the web UI compute at "
-        "strength 1 what the trainer computed (default: %(default)s)",
-    )
     output(convert)
     text = "multiply each angle of an adapter by a factor; -1 gives the inverse"
     scale = verb("scale", text, "ADAPTER 0.5 OUTPUT", _adapter_scale)
@@ -150,17 +150,7 @@ def _adapter_show(args: argparse.Namespace) -> None:
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    if args.to == "peft":
-        _write_adapter(args, _loaded(args)[0])
-        return
-    if args.base is not None:
-        message = f"a base was given, but the form {args.to} needs none"
-        raise StateError(message, remedy="leave out --base, or convert to peft: --to peft")
-    adapter = _loaded(args)[0]
-    adapter.save_for(args.to, args.output, force=args.force)
-    facts = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
-    if wants_words(args, facts):
-        print(f"wrote {args.output}: {len(adapter.modules)} modules, for {args.to}")
+    _write_adapter(args, _loaded(args)[0])
 
 
 def _adapter_scale(args: argparse.Namespace) -> None:
@@ -182,6 +172,9 @@ def _loaded(args: argparse.Namespace) -> list[oftsurgery.OFTAdapter]:
     """The adapters that a command was given."""
     from oftsurgery.api.arguments import loaded_adapters
 
+    if getattr(args, "base", None) is not None and args.to != "peft":
+        message = f"a base was given, but the form {args.to} needs none"
+        raise StateError(message, remedy="leave out --base, or choose peft's form: --to peft")
     found = loaded_adapters(adapters_of(args))
     if getattr(args, "base", None) is None:
         if any(getattr(args, name, None) is not None for name in ("component", "variant")):
@@ -193,6 +186,12 @@ def _loaded(args: argparse.Namespace) -> list[oftsurgery.OFTAdapter]:
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:
+    if args.to != "peft":
+        adapter.save_for(args.to, args.output, force=args.force)
+        written: dict[str, object] = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
+        if wants_words(args, written):
+            print(f"wrote {args.output}: {len(adapter.modules)} modules, for {args.to}")
+        return
     residuals = adapter.save(args.output, force=args.force)
     facts = {"output": args.output, "residual": max(residuals.values()), "modules": dict(residuals)}
     if wants_words(args, facts):

@@ -26,7 +26,8 @@ _ENCODER = re.compile(
     r"|text_encoders\.\w+\.(transformer|model)\."
 )
 _VAE = re.compile(r"(first_stage_model|vae)\.")
-_NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
+#: the beginning of a name in an adapter, with the encoder's number
+ENCODER_NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
 
 
 #: the fused projections of OpenCLIP's encoders, which are parameters of an attention and no modules
@@ -113,7 +114,7 @@ def _chosen(name: str, there: Mapping[str, T]) -> T:
     """
     # all tools number the two CLIP encoders in the same order, the smaller one first
     order = sorted(there, key=lambda beginning: ("clip_g" in beginning, beginning))
-    number = _NUMBER.match(name)
+    number = ENCODER_NUMBER.match(name)
     if len(order) > 1 and number is not None:
         order = order[int(number[1] or 1) - 1 :][:1]
     if len(order) == 1:

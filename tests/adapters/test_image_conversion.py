@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import oftsurgery
 from oftsurgery import AdapterError, StateError
 from oftsurgery.adapters.output_blocks import OutputBlocks
+from oftsurgery.cli.main import main
 
 #: goldens of rotations of the outputs whose live layers leave the biases
 CONVERTIBLE = [
@@ -89,6 +90,25 @@ def test_a_strength_is_kept_where_it_is_a_rotation(tmp_path: Path) -> None:
     assert all(relative(t, other.state_dict()[name]) < 1e-6 for name, t in one.state_dict().items())
     with pytest.raises(AdapterError, match=r"no place for this map \(steps of the output side\)"):
         golden.adapter().at_strength(0.5, "linear").save_for("comfyui", tmp_path / "linear.safetensors")
+
+
+SCALED = ["diag-oft_rescaled", "diag-oft_constraint", "boft_constraint"]
+
+
+@pytest.mark.parametrize("variant", SCALED)
+@pytest.mark.parametrize("form", ["comfyui", "lycoris"])
+def test_the_commands_write_each_form(variant: str, form: str, tmp_path: Path) -> None:
+    """``adapter scale``: BOFT and scales of rows too; what the form computes is the fold at that strength."""
+    golden = next(g for g in GOLDENS if g.folder == f"lycoris-4.1.3/{variant}")
+    file, out = IMAGE / golden.folder / "adapter.safetensors", tmp_path / "half.safetensors"
+    assert main(["adapter", "scale", str(file), "0.5", str(out), "--to", form]) == 0
+    mode = "comfyui" if form == "comfyui" else "angle"
+    model = model_of(golden.base_tensors())
+    one = oftsurgery.fold(model, oftsurgery.load_adapter(out), strength_mode=mode).state_dict()  # type: ignore[arg-type]
+    other = oftsurgery.fold(model, golden.adapter(), strength=0.5).state_dict()
+    assert all(relative(t, other[name]) < 1e-6 for name, t in one.items())
+    assert main(["adapter", "scale", str(file), "0.5", str(tmp_path / "folder")]) == 2  # peft has no such form
+    assert not (tmp_path / "folder").exists()
 
 
 def test_what_has_no_place(tmp_path: Path) -> None:

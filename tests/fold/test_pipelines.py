@@ -338,6 +338,43 @@ def test_adapters_that_fit_several_models_need_a_choice(place: Path, tmp_path: P
     assert all(path.startswith("text_encoder_2.") for path in record.modules)
 
 
+@pytest.mark.parametrize(
+    "prefixes", [("lora_te1_", "lora_te2_"), ("lora_te_", "lora_te2_"), ("text_encoder.", "text_encoder_2.")]
+)
+def test_the_number_tells_two_encoders_of_one_shape(prefixes: tuple[str, str], place: Path, tmp_path: Path) -> None:
+    """And each model takes what LyCORIS adds to its own normalisation layers."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    quietly(text_encoder(2).save_pretrained, base / "text_encoder_2")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix in prefixes:
+        dotted = f"{prefix}text_model.encoder.layers.1."
+        layer = dotted if prefix.endswith(".") else dotted.replace(".", "_")
+        mid = "self_attn.q_proj" if prefix.endswith(".") else "self_attn_q_proj"
+        tensors[f"{layer}{mid}.oft_blocks"] = torch.randn(8, 8, 8, generator=seeded(prefix)) * 0.1
+        tensors[f"{layer}{mid}.alpha"] = torch.tensor(0.0)
+        tensors[f"{layer}layer_norm1.w_norm"] = torch.randn(64, generator=seeded(f"{prefix}n"))
+    unet = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors |= {f"{unet}.oft_blocks": torch.randn(16, 8, 8) * 0.1, f"{unet}.alpha": torch.tensor(0.0)}
+    style, out = tmp_path / "style.safetensors", tmp_path / "out"
+    save_file(tensors, style, {"ss_network_module": "lycoris.kohya"})
+    quietly(oftsurgery.fold_checkpoint, base, style, out, trained_on="plain")
+    report = quietly(oftsurgery.verify_checkpoint, out, base, style)
+    assert report.ok, report.wrong
+    for name, prefix in zip(("text_encoder", "text_encoder_2"), prefixes, strict=True):
+        own = {k: t for k, t in tensors.items() if k.startswith(prefix)}
+        save_file(own, tmp_path / "own.safetensors", {"ss_network_module": "lycoris.kohya"})
+        expected = quietly(oftsurgery.fold, text_encoder(2), tmp_path / "own.safetensors").state_dict()
+        got = load_file(out / name / "model.safetensors")
+        assert all(
+            torch.equal(t, expected[n.removeprefix("text_model.") if n not in expected else n]) for n, t in got.items()
+        )
+    changed = json.loads((out / "unet" / "oftsurgery.json").read_text())["modules"]
+    assert len(changed) == 1
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"component": "unett"}, r"no model 'unett'.*unet, text_encoder, vae"),
     ({"component": "unet"}, r"match nothing in the model"),
