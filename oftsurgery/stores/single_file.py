@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from oftsurgery.errors import MatchError, printable
 
-from .image_names import DENOISER, ENCODER, ImageNames
+from .image_names import DENOISER, ImageNames, is_of_encoder
 from .meaning import Meaning
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class SingleFileNames:
 
     def _parts_for(self, name: str) -> list[tuple[str, ImageNames]]:
         """``(beginning, names)`` of the parts to which a name in an adapter may belong."""
-        kinds = [True] if name.startswith(ENCODER) else [False] if name.startswith(DENOISER) else [True, False]
+        kinds = [True] if is_of_encoder(name) else [False] if name.startswith(DENOISER) else [True, False]
         return [(beginning, names) for beginning, encoder, names in self._parts if encoder in kinds]
 
 

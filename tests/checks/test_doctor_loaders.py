@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_goldens import GOLDENS, IMAGE, Golden, model_of
+from image_models import build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -327,3 +328,47 @@ def test_numbers_from_some_columns_are_called_an_estimate(tmp_path: Path) -> Non
         save_file(tensors, tmp_path / "a.safetensors")
         (first, *_) = oftsurgery.doctor(tmp_path / "a.safetensors")
         assert ("an estimate from 128 columns" in str(first.evidence["measured_on"])) is estimated
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("FluxTransformer2DModel", {"norm_out.linear": "final_layer_adaLN_modulation_1"}),
+        (
+            "SD3Transformer2DModel",
+            {
+                "norm_out.linear": "final_layer_adaLN_modulation_1",
+                "transformer_blocks.1.norm1_context.linear": "joint_blocks_1_context_block_adaLN_modulation_1",
+            },
+        ),
+        ("QwenImageTransformer2DModel", {}),
+        ("UNet2DConditionModel", {}),
+    ],
+)
+def test_the_swapped_modules_of_diffusers_classes(name: str, swapped: dict[str, str], tmp_path: Path) -> None:
+    """With the base and by the adapter's names alone; and the file for ComfyUI has no finding left."""
+    model, draw = build(name), torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.shape[0] % 16 == 0:
+            key = f"lycoris_{path.replace('.', '_')}"
+            tensors[f"{key}.oft_blocks"] = torch.randn(module.weight.shape[0] // 8, 8, 8, generator=draw) * 0.1
+            tensors[f"{key}.alpha"] = torch.tensor(0.0)
+    file, new = tmp_path / "style.safetensors", tmp_path / "comfyui.safetensors"
+    save_file(tensors, file)
+    adapter = oftsurgery.load_adapter(file)
+    for base in (model, None):
+        found = {f.code: f for f in oftsurgery.doctor(adapter, base=base)}
+        assert ("other-in-comfyui" in found) is bool(swapped)
+        if swapped:
+            assert f"in {len(swapped)} modules: the modulation's halves" in found["other-in-comfyui"].message
+    adapter.save_for("comfyui", new)
+    written = oftsurgery.load_adapter(new)
+    assert (
+        set(adapter.modules) - set(written.modules) == {f"lycoris_{p.replace('.', '_')}" for p in swapped}
+        or not swapped
+    )
+    assert {f"lora_unet_{p}" for p in swapped.values()} <= written.modules.keys()
+    assert "other-in-comfyui" not in {f.code for f in oftsurgery.doctor(written, base=model)}
+    one, other = (oftsurgery.fold(model, a).state_dict() for a in (adapter, written))
+    assert all(torch.allclose(t, other[n], atol=1e-6) for n, t in one.items())
