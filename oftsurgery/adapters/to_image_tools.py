@@ -31,6 +31,8 @@ FORMS: tuple[ImageForm, ...] = ("lycoris", "comfyui")
 
 _DENOISER = re.compile(r"(lora_unet_|oft_unet_|lycoris_|lora_transformer_|transformer\.|unet\.|diffusion_model\.)")
 _ENCODER = re.compile(r"lora_te[123]?_")
+#: the flattened path of a text encoder's module, behind the component's name or without it
+_ENCODER_PATH = re.compile(r"(?:text_encoder_(?:([23])_)?)?(text_model_encoder_)")
 
 
 def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
@@ -45,11 +47,12 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
             "the adapter brings values of its own for a tensor, and files of image tools have no place for these values"
         )
         raise AdapterError(message, tensor=next(iter(adapter.saved)), path=adapter.source, remedy="fold the adapter")
-    if adapter.sums:
-        message = "the adapter also adds to tensors of normalisation layers, which are not converted"
-        raise AdapterError(message, tensor=next(iter(adapter.sums)), path=adapter.source, remedy="fold the adapter")
     found: dict[str, Tensor] = {}
-    names = _Names(adapter.modules, form)
+    added = {given: given.rpartition(".") for given in adapter.sums}
+    names = _Names([*adapter.modules, *(path for path, _, _ in added.values())], form)
+    for given, (path, _, leaf) in added.items():
+        values = adapter.strength * adapter.sums[given].detach().to("cpu", torch.float32)
+        found[f"{names.of(path)}.{'w_norm' if leaf == 'weight' else 'b_norm'}"] = values.contiguous()
     for path, weight_map in adapter.modules.items():
         with module_in_errors(path):
             name, own = names.of(path), _of_map(weight_map, form, swapped=names.swapped(path))
@@ -72,12 +75,15 @@ class _Names:
         flat = {path: _DENOISER.sub("", path, count=1).replace(".", "_") for path in paths if not _ENCODER.match(path)}
         blocks = any(name.startswith(("transformer_blocks_", "single_transformer_blocks_")) for name in flat.values())
         self._prefix = "lora_unet_" if form == "comfyui" and not blocks else "lycoris_"
-        self._flat = flat
+        self._flat, self._form = flat, form
         self._originals = _swapped_names(flat.values()) if form == "comfyui" else {}
 
     def of(self, path: str) -> str:
         if path not in self._flat:
             return path
+        encoder = _ENCODER_PATH.match(self._flat[path])
+        if encoder is not None and self._form == "comfyui":
+            return f"lora_te{encoder[1] or ''}_{self._flat[path][encoder.start(2) :]}"
         original = self._originals.get(self._flat[path])
         return self._prefix + self._flat[path] if original is None else f"lora_unet_{original}"
 

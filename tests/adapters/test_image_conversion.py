@@ -92,6 +92,27 @@ def test_a_strength_is_kept_where_it_is_a_rotation(tmp_path: Path) -> None:
         golden.adapter().at_strength(0.5, "linear").save_for("comfyui", tmp_path / "linear.safetensors")
 
 
+@pytest.mark.parametrize("form", ["comfyui", "lycoris"])
+def test_changes_of_norms_and_names_of_encoders_are_written(form: str, tmp_path: Path) -> None:
+    blocks, draw = torch.randn(2, 4, 4), torch.Generator().manual_seed(1)
+    modules = {
+        p: OutputBlocks(blocks, 0.0, "lycoris") for p in ("lycoris_a", "text_encoder_2.text_model.encoder.layers.0.fc")
+    }
+    sums = {"lycoris_norm.weight": torch.randn(8, generator=draw), "lycoris_norm.bias": torch.randn(8, generator=draw)}
+    adapter = oftsurgery.OFTAdapter(modules, sums=sums, dialect="lycoris")  # type: ignore[arg-type]
+    for strength in (1.0, 0.5):
+        adapter.at_strength(strength).save_for(form, tmp_path / "new.safetensors", force=True)  # type: ignore[arg-type]
+        new = oftsurgery.load_adapter(tmp_path / "new.safetensors")
+        norm = "lora_unet_norm" if form == "comfyui" else "lycoris_norm"
+        for leaf in ("weight", "bias"):
+            assert torch.allclose(new.sums[f"{norm}.{leaf}"], strength * sums[f"lycoris_norm.{leaf}"])
+        assert new.modules.keys() == (
+            {"lora_unet_a", "lora_te2_text_model_encoder_layers_0_fc"}
+            if form == "comfyui"
+            else {"lycoris_a", "lycoris_text_encoder_2_text_model_encoder_layers_0_fc"}
+        )
+
+
 SCALED = ["diag-oft_rescaled", "diag-oft_constraint", "boft_constraint"]
 
 
