@@ -14,6 +14,7 @@ from oftsurgery.errors import AdapterError, ShapeError
 
 from .boft import PeftBoft
 from .hra import Householder
+from .parts import RowParts
 from .road import Pairs
 from .rotation import Rotation, bounded_generator
 from .weight_map import WeightMap
@@ -38,6 +39,8 @@ def as_rotation(m: WeightMap, shape: tuple[int, ...] | None = None) -> Rotation:
     Raises:
         AdapterError: peft 0.21 has no form for the map, or the layer must be known.
     """
+    if isinstance(m, RowParts) and m.side == "input":
+        m = _of_all_parts(m)
     kernel = None if shape is None else shape[2:]
     if not isinstance(m, Rotation) and m.side == "output":
         remedy = _IN_PEFT if isinstance(m, Pairs) else _FOLD
@@ -62,6 +65,20 @@ def as_rotation(m: WeightMap, shape: tuple[int, ...] | None = None) -> Rotation:
     if found.generator.shape[0] == 1 and found.block_size == features:
         return replace(found, shared=False)  # the one block of the layer is nobody's share
     return found
+
+
+def _of_all_parts(m: RowParts) -> WeightMap:
+    """The one map that all parts of a fused weight have."""
+    first, *others = m.maps
+    same = len(m.maps) == len(m.parts) and all(
+        other.settings() == first.settings()
+        and all(torch.equal(t, other.tensors()[name]) for name, t in first.tensors().items())
+        for other in others
+    )
+    if not same:
+        message = "the base fuses modules whose inputs the adapter turns by different rotations, and one layer has one rotation"
+        raise AdapterError(message, remedy=f"{_FOLD}; or name a base that has these modules apart")
+    return first
 
 
 def _of_boft(m: PeftBoft, kernel: tuple[int, ...] | None) -> Rotation:

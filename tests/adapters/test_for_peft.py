@@ -91,6 +91,26 @@ def test_a_fused_module_is_written_for_each_part_of_the_base(tmp_path: Path) -> 
     check(written, model, load_file(variant / "effective.safetensors"), tmp_path / "out", 2e-7)
 
 
+def test_parts_of_a_fused_module_of_the_base(tmp_path: Path) -> None:
+    """One rotation of all parts is the fused layer's rotation; different ones, or a part alone, have no form."""
+    attn = "transformer_blocks.0.attn"
+    draw = torch.Generator().manual_seed(2)
+    fused = model_of({f"{attn}.to_qkv.weight": torch.randn(48, 24, generator=draw)})
+    v = 0.1 * torch.randn(3, 28, generator=draw)
+
+    def adapter(*vectors: Tensor) -> OFTAdapter:
+        ends = ("to_q", "to_k", "to_v")[: len(vectors)]
+        modules = {f"transformer.{attn}.{end}": OneTrainerBlocks(t) for end, t in zip(ends, vectors, strict=True)}
+        return OFTAdapter(modules, dialect="onetrainer", config={"metadata": {}})  # type: ignore[arg-type]
+
+    one = adapter(v, v.clone(), v.clone())
+    exact = oftsurgery.fold(copy.deepcopy(fused).double(), one).state_dict()
+    check(oftsurgery.as_peft(one, fused), fused, exact, tmp_path / "out", 2e-7)
+    for other in (adapter(v, v + 0.1, v), adapter(v, v)):
+        with pytest.raises(AdapterError, match=r"turns by different rotations.*to_qkv.*has these modules apart"):
+            oftsurgery.as_peft(other, fused)
+
+
 def small(kinds: str) -> nn.Module:
     """Layers of several widths: linear layers, and a 1×1 convolution if ``kinds`` says so."""
     torch.manual_seed(1)
