@@ -210,6 +210,21 @@ def test_a_weaker_adapter_of_onetrainer_keeps_the_kinds_of_layers(tmp_path: Path
         half.inverse()
 
 
+def test_live_layers_of_an_adapter_of_onetrainer() -> None:
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 12)).requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    modules = {
+        f"lora_unet_{i}": OneTrainerBlocks(0.1 * torch.randn(n, 28, generator=draw)) for i, n in ((0, 3), (1, 2))
+    }
+    adapter = OFTAdapter(modules, dialect="onetrainer", config={"metadata": {}})  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="no live layer for this kind of adapter"):
+        oftsurgery.wrap(model, adapter)
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    expected = oftsurgery.fold(model, adapter)(x)
+    wrapped = oftsurgery.wrap(model, oftsurgery.as_peft(adapter, model))
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline ``base`` with a U-Net, and a file of OneTrainer for both of its models, ``both.safetensors``."""
