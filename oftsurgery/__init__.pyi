@@ -14,6 +14,7 @@ from .api.arguments import load_adapter as load_adapter
 from .api.checkpoints import fold_checkpoint as fold_checkpoint
 from .api.checkpoints import unfold_checkpoint as unfold_checkpoint
 from .api.comparisons import extract_checkpoint as extract_checkpoint
+from .api.conversion import as_peft as as_peft
 from .api.exports import export_gguf as export_gguf
 from .api.exports import export_onnx as export_onnx
 from .api.exports import export_safetensors as export_safetensors

@@ -176,7 +176,8 @@ def plan_push(
 def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]]:
     """(record, ``{name: bytes}`` of the export's files in ``folder``, names of the files that have changed since)."""
     if not folder.is_dir():
-        raise CheckpointError("the folder does not exist", path=folder, remedy="give a folder that oftsurgery wrote")
+        message = "the path is a file, not a folder" if folder.is_file() else "the folder does not exist"
+        raise CheckpointError(message, path=folder, remedy="give a folder that oftsurgery wrote")
     record = record_in(folder)
     if record is None or not record.files:
         raise StateError(

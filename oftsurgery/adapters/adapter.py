@@ -62,6 +62,7 @@ class OFTAdapter:
             weights (``"rotated"``); None for the dialects of peft, which tell.
         strength: the strength at which the adapter is folded; ``modules`` have this strength.
         strength_mode: how a strength other than 1 weakens the maps, see :func:`oftsurgery.fold`.
+        left_out: the names of embeddings of textual inversion that the file holds too, and that the caller left out.
     """
 
     modules: Mapping[str, WeightMap]
@@ -74,6 +75,7 @@ class OFTAdapter:
     bias: str | None = None
     strength: float = 1.0
     strength_mode: str = "angle"
+    left_out: tuple[str, ...] = ()
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -290,6 +292,7 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
         "sha256": adapter.sha256,
         "modules": {path: r.facts() | {"angle": r.angle, "defect": r.defect} for path, r in adapter.modules.items()},
         "saved": sorted(adapter.saved),
+        "left_out": list(adapter.left_out),
     }
 
 

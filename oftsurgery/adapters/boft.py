@@ -99,7 +99,7 @@ class LycorisBoft(Stepped):
         if mode == ANGLE:
             q = torch.stack([rotations.power_of(q_i, strength) for q_i in self.generator()])
             scale = powered_scale(checked_scale(self.scale), strength)
-            return StepMap(self, self._factors(q) + (() if scale is None else (Scale(scale),)), how)
+            return replace(self, blocks=q / 2, alpha=0.0, scale=scale)  # skew_of doubles skew matrices
         if mode == "lycoris":
             return StepMap(self, self._factors(self.generator(), _linearly(strength)) + self._scaled(), how)
         if mode == "lycoris-2":  # LyCORIS 2.x weakens the first factor alone

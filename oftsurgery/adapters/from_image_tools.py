@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,10 +20,10 @@ from oftsurgery.errors import AdapterError, DialectError, ShapeError, module_in_
 from .adapter import OFTAdapter
 from .boft import LycorisBoft
 from .from_peft import parse_adapter
-from .image_keys import Parts, sort_image_keys
+from .image_keys import Parts, sort_image_keys, without_bundled
 from .onetrainer import OneTrainerBlocks
 from .output_blocks import FinishedBlocks, FluxParts, OutputBlocks
-from .to_peft import KEY_PREFIX
+from .to_peft import IMAGE_METADATA, KEY_PREFIX
 from .weight_map import WeightMap
 
 Bias = Literal["kept", "rotated"]
@@ -69,13 +69,14 @@ def parse_image_adapter(
     dialect: str | None = None,
     bias: Bias | None = None,
     constraint: float | None = None,
+    without_embeddings: bool = False,
     source: str | None = None,
     sha256: str | None = None,
 ) -> OFTAdapter:
     """An adapter from the tensors and the metadata of one safetensors file.
 
     Args:
-        dialect, bias, constraint: as for :func:`oftsurgery.load_adapter`.
+        dialect, bias, constraint, without_embeddings: as for :func:`oftsurgery.load_adapter`.
         source, sha256: the place and the SHA-256 of the file, for messages and records.
 
     Raises:
@@ -84,9 +85,11 @@ def parse_image_adapter(
         ShapeError, NonFiniteError: no tool writes such tensors.
     """
     config = _peft_config(metadata, source)
+    tensors, left_out = without_bundled(tensors, source, leave_out=without_embeddings)
     if config is not None and (dialect is None or dialect.startswith("peft")):
         named = {key if key.startswith(KEY_PREFIX) else KEY_PREFIX + key: t for key, t in tensors.items()}
-        return parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
+        adapter = parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
+        return replace(adapter, config={**adapter.config, IMAGE_METADATA: dict(metadata)}, left_out=left_out)
     parts, sums = _without_norms(sort_image_keys(tensors, source), source)
     args = _network_args(metadata)
     name = _dialect_of(parts, metadata, dialect, source)
@@ -106,10 +109,11 @@ def parse_image_adapter(
         raise DialectError(message, tensor=next(iter(sums)), path=source, remedy="restore the file that the tool saved")
     kept = bias or "kept" if rules.may_turn_bias else None
     config = {
-        "metadata": dict(metadata),
+        IMAGE_METADATA: dict(metadata),
         "without_alpha": name == "lycoris" and "alpha" not in next(iter(parts.values())),
     }
-    return OFTAdapter(modules=modules, sums=sums, dialect=name, config=config, source=source, sha256=sha256, bias=kept)
+    where: dict[str, Any] = {"source": source, "sha256": sha256}
+    return OFTAdapter(modules, sums=sums, dialect=name, config=config, bias=kept, left_out=left_out, **where)
 
 
 def _without_norms(found: Parts, source: str | None) -> tuple[Parts, dict[str, Tensor]]:

@@ -24,19 +24,22 @@ class OneTrainerBlocks(WeightMap):
         vectors: ``(r, b(b-1)/2)`` as stored, the upper triangles of Q.
         scaled: whether the stored values are divided by ``2√(b-1)`` (``scaled_oft``).
         first_days: the series of OneTrainer's first two days, ``I + 2ΣQᵏ`` for k ≤ 4.
-        convolution: whether the module is a convolution.
+        convolution: whether the module is a convolution; None where the layer is not known.
     """
 
     vectors: Tensor
     scaled: bool = False
     first_days: bool = False
-    convolution: bool = False
+    convolution: bool | None = None
 
     side = "input"
     turns_bias = False
     family = "OFT of OneTrainer"
     modes = ("oftv2-node",)
-    asks_layer = True
+
+    @property
+    def asks_layer(self) -> bool:
+        return self.convolution is None
 
     @property
     def block_size(self) -> int:
@@ -75,7 +78,7 @@ class OneTrainerBlocks(WeightMap):
         return {"oft_R": self.vectors}
 
     def settings(self) -> str:
-        return f"{super().settings()}\0{self.scaled}\0{self.first_days}\0{self.convolution}"
+        return f"{super().settings()}\0{self.scaled}\0{self.first_days}\0{bool(self.convolution)}"
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"blocks": len(self.vectors), "scaled_oft": self.scaled}

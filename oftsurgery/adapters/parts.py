@@ -55,6 +55,10 @@ class RowParts(WeightMap):
         return any(m.scales_rows for m in self.maps)
 
     @property
+    def asks_layer(self) -> bool:
+        return any(m.asks_layer for m in self.maps)
+
+    @property
     def first_on_weight(self) -> bool:
         return all(m.first_on_weight for m in self.maps)
 

@@ -46,6 +46,7 @@ def read_adapter(
     filename: str | None = None,
     bias: Bias | None = None,
     constraint: float | None = None,
+    without_embeddings: bool = False,
 ) -> OFTAdapter:
     """The adapter in a folder, a file or a Hub repository: :func:`oftsurgery.load_adapter`."""
     if bias not in (None, "kept", "rotated"):
@@ -68,12 +69,13 @@ def read_adapter(
             dialect=dialect,
             bias=bias,
             constraint=constraint,
+            without_embeddings=without_embeddings,
             source=source,
             sha256=sha256_of(path),
         )
-    if bias is not None or constraint is not None:
-        message = "bias=… and constraint=… say what the single files of image tools do not tell, but the adapter is a folder of peft"
-        raise AdapterError(message, path=path_or_repo, remedy="leave bias and constraint out")
+    if bias is not None or constraint is not None or without_embeddings:
+        message = "bias=…, constraint=… and without_embeddings=… are for the single files of image tools, but the adapter is a folder of peft"
+        raise AdapterError(message, path=path_or_repo, remedy="leave these arguments out")
     place, folder = find_adapter(path_or_repo, revision=revision, subfolder=subfolder)
     config, tensors, sha256 = read_files(folder)
     return parse_adapter(config, tensors, dialect=dialect, source=str(place), sha256=sha256)

@@ -125,8 +125,8 @@ class Rotation(WeightMap):
             raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=shape[:1], remedy=TRAINED_ON)
 
     def for_layer(self, kernel: tuple[int, ...], module: str) -> Rotation:
-        """This rotation, which a convolution with a larger kernel than 1×1 does not take."""
-        if kernel not in ((), (1, 1)):
+        """This rotation, which a convolution with a larger kernel than 1×1 does not take, unless whole blocks of its outputs turn."""
+        if kernel not in ((), (1, 1)) and not (self.side == "output" and self.whole):
             raise FormatError(
                 f"a {kernel[0]}×{kernel[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
                 "so no weight computes the same",

@@ -64,11 +64,13 @@ class AtStrength(MapOf):
     strength: float
     mode: str
 
-    family = "at a strength"
-
     def __post_init__(self) -> None:
         if self.mode not in (ANGLE, LINEAR, *self.of.modes):
             raise self.of.no_mode(self.mode)
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        return f"{self.of.family} at strength {self.strength:g}"
 
     @property
     def modes(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -8,7 +8,7 @@ scaled diag-oft becomes a BOFT of one factor, whose scale ComfyUI applies.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,6 +31,8 @@ FORMS: tuple[ImageForm, ...] = ("lycoris", "comfyui")
 
 _DENOISER = re.compile(r"(lora_unet_|oft_unet_|lycoris_|lora_transformer_|transformer\.|unet\.|diffusion_model\.)")
 _ENCODER = re.compile(r"lora_te[123]?_")
+#: the flattened path of a text encoder's module, behind the component's name or without it
+_ENCODER_PATH = re.compile(r"(?:text_encoder_(?:([23])_)?)?(text_model_encoder_)")
 
 
 def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
@@ -45,13 +47,15 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
             "the adapter brings values of its own for a tensor, and files of image tools have no place for these values"
         )
         raise AdapterError(message, tensor=next(iter(adapter.saved)), path=adapter.source, remedy="fold the adapter")
-    if adapter.sums:
-        message = "the adapter also adds to tensors of normalisation layers, which are not converted"
-        raise AdapterError(message, tensor=next(iter(adapter.sums)), path=adapter.source, remedy="fold the adapter")
     found: dict[str, Tensor] = {}
+    added = {given: given.rpartition(".") for given in adapter.sums}
+    names = _Names([*adapter.modules, *(path for path, _, _ in added.values())], form)
+    for given, (path, _, leaf) in added.items():
+        values = adapter.strength * adapter.sums[given].detach().to("cpu", torch.float32)
+        found[f"{names.of(path)}.{'w_norm' if leaf == 'weight' else 'b_norm'}"] = values.contiguous()
     for path, weight_map in adapter.modules.items():
         with module_in_errors(path):
-            name, own = _name(path, form), _of_map(weight_map, form)
+            name, own = names.of(path), _of_map(weight_map, form, swapped=names.swapped(path))
             if f"{name}.alpha" in found:
                 message = f"two modules of the adapter would have the name {name!r}"
                 raise MatchError(message, remedy="convert the adapters of the components one by one")
@@ -59,18 +63,61 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
     return found
 
 
-def _name(path: str, form: ImageForm) -> str:
-    if _ENCODER.match(path):
-        return path
-    prefix = "lora_unet_" if form == "comfyui" else "lycoris_"
-    return prefix + _DENOISER.sub("", path, count=1).replace(".", "_")
+class _Names:
+    """The names of an adapter's modules in a form.
+
+    ComfyUI loads ``lora_unet_`` before the names of U-Nets and of original layouts, and ``lycoris_`` before diffusers' names of Flux, SD3
+    and Qwen-Image. It takes a modulation whose halves (shift and scale) its own layout holds in the other order from the rows in
+    that order, so such a module gets its original name, and halves in the original order.
+    """
+
+    def __init__(self, paths: Iterable[str], form: ImageForm) -> None:
+        flat = {path: _DENOISER.sub("", path, count=1).replace(".", "_") for path in paths if not _ENCODER.match(path)}
+        blocks = any(name.startswith(("transformer_blocks_", "single_transformer_blocks_")) for name in flat.values())
+        self._prefix = "lora_unet_" if form == "comfyui" and not blocks else "lycoris_"
+        self._flat, self._form = flat, form
+        self._originals = _swapped_names(flat.values()) if form == "comfyui" else {}
+
+    def of(self, path: str) -> str:
+        if path not in self._flat:
+            return path
+        encoder = _ENCODER_PATH.match(self._flat[path])
+        if encoder is not None and self._form == "comfyui":
+            return f"lora_te{encoder[1] or ''}_{self._flat[path][encoder.start(2) :]}"
+        original = self._originals.get(self._flat[path])
+        return self._prefix + self._flat[path] if original is None else f"lora_unet_{original}"
+
+    def swapped(self, path: str) -> bool:
+        return self._flat.get(path) in self._originals
 
 
-def _of_map(weight_map: WeightMap, form: ImageForm) -> dict[str, Tensor]:
+def _swapped_names(flat: Iterable[str]) -> dict[str, str]:
+    """``{flattened name in diffusers' layout: original name}`` of the modules whose halves are in the other order there: in Flux and SD3
+    the last modulation, and in SD3 that of the last context, whose block alone has no ``to_add_out``.
+    """
+    names = set(flat)
+    found: dict[str, str] = {}
+    sd3 = any(re.match(r"transformer_blocks_\d+_(norm1_context|ff_context)_", name) for name in names)
+    flux = any(name.startswith("single_transformer_blocks_") for name in names)
+    if "norm_out_linear" in names and (flux or sd3):
+        found["norm_out_linear"] = "final_layer_adaLN_modulation_1"
+    blocks = [int(match[1]) for name in names if (match := re.match(r"transformer_blocks_(\d+)_", name))]
+    last = max(blocks, default=0)
+    added = [int(match[1]) for name in names if (match := re.match(r"transformer_blocks_(\d+)_attn_to_add_out", name))]
+    if added and last > max(added) and f"transformer_blocks_{last}_norm1_context_linear" in names and not flux:
+        found[f"transformer_blocks_{last}_norm1_context_linear"] = (
+            f"joint_blocks_{last}_context_block_adaLN_modulation_1"
+        )
+    return found
+
+
+def _of_map(weight_map: WeightMap, form: ImageForm, *, swapped: bool) -> dict[str, Tensor]:
     if weight_map.turns_bias:
         message = "the live layers of the training turned biases, which this form does not store"
         raise AdapterError(message, remedy="fold the adapter; or read it with bias='kept' on purpose")
     q, scale = _generator(weight_map)
+    if swapped:
+        q, scale = _with_halves_swapped(q), None if scale is None else scale.roll(scale.numel() // 2, 0)
     none = {"alpha": torch.tensor(0.0)}
     rescale = {} if scale is None else {"rescale": scale.reshape(-1, 1)}
     if q.ndim == 3 and scale is not None and form == "comfyui":
@@ -84,7 +131,9 @@ def _generator(weight_map: WeightMap) -> tuple[Tensor, Tensor | None]:
     Raises:
         AdapterError: the map is no such rotation.
     """
-    m = weight_map.resolved() if isinstance(weight_map, AtStrength) else weight_map
+    m = weight_map
+    if isinstance(m, AtStrength):
+        m = m.of.at_strength(m.strength, m.mode)
     if isinstance(m, (OutputBlocks, LycorisBoft)):
         return m.generator(), checked_scale(m.scale)
     if isinstance(m, FluxParts):
@@ -111,6 +160,29 @@ def _one_size(m: FluxParts) -> Tensor:
             raise AdapterError(message, remedy="fold the adapter: a fold needs no conversion")
         found.append(rotations.block_diagonal(q, size, shared=False))
     return torch.cat(found)
+
+
+def _with_halves_swapped(q: Tensor) -> Tensor:
+    """The generators ``(n, b, b)`` or ``(m, n, b, b)`` of the same map of rows whose halves are in the other order.
+
+    Raises:
+        AdapterError: a block, or a group of a factor, lies in both halves.
+    """
+    if q.ndim == 3:
+        return _rolled(q, 1)
+    return torch.stack([_rolled(factor, 2**i) for i, factor in enumerate(q)])
+
+
+def _rolled(blocks: Tensor, group: int) -> Tensor:
+    """The blocks ``(n, b, b)`` of one factor, which interleaves halves of groups of ``group`` blocks."""
+    n, b, _ = blocks.shape
+    if (n // group) % 2 == 0:
+        return blocks.roll(n // 2, 0)
+    if n == group > 1:  # the two halves of the one group alternate in the blocks
+        order = torch.arange(b) ^ 1
+        return blocks[:, order][:, :, order]
+    message = "ComfyUI takes the halves (shift and scale) of this modulation in the other order, and a block lies in both halves"
+    raise AdapterError(message, remedy="fold the adapter: a fold needs no conversion")
 
 
 def _as_one_factor(q: Tensor) -> Tensor:

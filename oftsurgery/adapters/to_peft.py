@@ -14,6 +14,7 @@ from oftsurgery.errors import AdapterError, module_in_errors
 
 from .rotation import Rotation
 from .targets import saved_targets
+from .to_rotation import as_rotation
 from .weight_map import WeightMap
 
 if TYPE_CHECKING:
@@ -21,33 +22,39 @@ if TYPE_CHECKING:
 
 KEY_PREFIX = "base_model.model."  # the start of every key of an adapter's tensors
 
+#: the config's field with the metadata of an image tool's file
+IMAGE_METADATA = "metadata"
+
 # the config fields that a saved adapter keeps, and a derived adapter if its origins agree
 CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
 def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     """The mirror of :func:`~oftsurgery.adapters.from_peft.parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
-    residuals: dict[str, float] = {}
-    exact: dict[str, Rotation] = {}
+    written: dict[str, Rotation] = {}
     for path, weight_map in adapter.modules.items():
         with module_in_errors(path):
-            r = _expressible(weight_map)
-            exact[path], residuals[path] = r.exact()
-    settings = _block_settings(exact, adapter.config)
+            written[path] = _expressible(weight_map)
+    residuals, terms = dict.fromkeys(written, 0.0), _kept_series(adapter, written)
+    if terms is None:
+        for path, r in written.items():
+            with module_in_errors(path):
+                written[path], residuals[path] = r.exact()
+    settings = _block_settings(written, adapter.config)
     tensors: dict[str, Tensor] = {}
-    for path, r in exact.items():
+    for path, r in written.items():
         part = "oft_embedding_R" if r.side == "embedding" else "oft_R"
         size = settings["oft_block_size"] or r.block_size
         q = rotations.vector(r._generators(size)).to(torch.float32)
         tensors[f"{KEY_PREFIX}{path}.{part}.weight"] = q.contiguous()
     for name, value in adapter.saved.items():
         owner, _, local = name.rpartition(".")
-        inside = f"{owner}.base_layer.{local}" if owner in exact else name
+        inside = f"{owner}.base_layer.{local}" if owner in written else name
         tensors[KEY_PREFIX + inside] = value.detach().cpu().contiguous().clone()
     config = {
         **{name: adapter.config.get(name) for name in (*CARRIED, "modules_to_save")},
         **settings,
-        **saved_targets(adapter.config, exact),
+        **saved_targets(adapter.config, written),
         "bias": adapter.config.get("bias") or "none",
         "coft": False,  # the generators are clamped already
         "eps": 6e-05,
@@ -55,27 +62,37 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
         "inference_mode": True,
         "init_weights": True,
         "module_dropout": 0.0,
-        "num_cayley_neumann_terms": 5,
+        "num_cayley_neumann_terms": terms or 5,
         "peft_type": "OFT",
         "peft_version": "0.21.2",  # the release of this format, which readers need
-        "use_cayley_neumann": False,
+        "use_cayley_neumann": terms is not None,
     }
     return dict(sorted(config.items())), tensors, residuals
 
 
-def _expressible(r: WeightMap) -> Rotation:
+def _kept_series(adapter: OFTAdapter, modules: Mapping[str, Rotation]) -> int | None:
+    """The number of terms of the series in which the adapter of an image tool was trained, where peft 0.21 has this series; else
+    None.
+    """
+    kinds = {r.cayley for r in modules.values()}
+    of_image_tool = IMAGE_METADATA in adapter.config
+    return next(iter(kinds)).terms if of_image_tool and len(kinds) == 1 and all(k.since_0_18 for k in kinds) else None
+
+
+def _expressible(weight_map: WeightMap) -> Rotation:
     """The map as a rotation.
 
     Raises:
         AdapterError: peft 0.21 cannot store the map.
     """
-    if not isinstance(r, Rotation):
-        message = f"the adapter's map ({r.family}) is none that peft 0.21 can store as OFT"
-        raise AdapterError(message, remedy="fold the adapter as it is: a fold needs no conversion")
+    r = as_rotation(weight_map)
     if r.side == "output":
         lack = "peft 0.21 can store rotations of inputs and embeddings alone"
         message = f"the adapter has a rotation of the outputs (peft ≤ 0.13): {lack}"
-        raise AdapterError(message, remedy="fold the adapter; or fold it into a copy of the base and train anew")
+        raise AdapterError(
+            message,
+            remedy="fold the adapter; or write it for other tools: save_for('lycoris', file), --to lycoris or comfyui",
+        )
     if r.scale is not None and bool((r.scale != 1).any()):
         message = "the adapter has a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 cannot store a scale"
         remedy = "fold the adapter; or leave out the scale on purpose: dataclasses.replace(rotation, scale=None)"

@@ -33,20 +33,23 @@ class WeightMap(ABC):
         turns_bias: whether the live layer turns the bias with the rows of the weight.
         family: the kind of the map, in words.
         modes: the modes of ``strength`` beside ``"angle"`` and ``"linear"`` that some tool has for this kind of map.
-        asks_layer: whether the map is another one on a convolution than on a linear layer.
     """
 
     side: rotations.Side
     turns_bias: bool
     family: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ()
-    asks_layer: ClassVar[bool] = False
 
     # --- what the map is ---
 
     @property
     def scales_rows(self) -> bool:
         """Whether a map of the inputs also scales the rows, so that the map does not commute with maps of the outputs."""
+        return False
+
+    @property
+    def asks_layer(self) -> bool:
+        """Whether the map is another one on a convolution than on a linear layer, and the layer is not known."""
         return False
 
     @property
@@ -163,6 +166,10 @@ class MapOf(WeightMap):
     @property
     def scales_rows(self) -> bool:
         return self.of.scales_rows
+
+    @property
+    def asks_layer(self) -> bool:
+        return self.of.asks_layer
 
     @property
     def first_on_weight(self) -> bool:

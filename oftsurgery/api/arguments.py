@@ -40,6 +40,7 @@ def load_adapter(
     filename: str | None = None,
     bias: Literal["kept", "rotated"] | None = None,
     constraint: float | None = None,
+    without_embeddings: bool = False,
     follow_links: bool = False,
 ) -> OFTAdapter:
     """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote, a BOFT, HRA or RoAd adapter of peft, or the single
@@ -66,6 +67,8 @@ def load_adapter(
             None: ``"kept"``, and a file that hints at the other way is refused.
         constraint: the limit of the training (LyCORIS' argument ``constraint``, 0 for none) where a file of LyCORIS 2.1.0 to
             2.1.0.post2 does not hold the limit.
+        without_embeddings: leave out the embeddings of textual inversion that a file of an image tool bundles with the adapter
+            (``bundle_emb``), which no fold puts into a model; the record names them. Otherwise such a file is refused.
         follow_links: read files that are links, wherever the links lead.
 
     Returns:
@@ -88,6 +91,7 @@ def load_adapter(
             filename=filename,
             bias=bias,
             constraint=constraint,
+            without_embeddings=without_embeddings,
         )
 
 

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +62,6 @@ def plan_fold(
     adapters = at_strengths(loaded_adapters(adapter), settings.strength, settings.strength_mode)
     base = source if source is not None else named_base(adapters)
     opened = opened_model(base, settings.revision, adapters, variant=settings.variant, component=settings.component)
-    plan = partial(_plan_model, settings)
     if isinstance(opened, Pipeline):
         if settings.rounding == "calibrated":
             raise StateError(
@@ -71,8 +69,8 @@ def plan_fold(
                 path=opened.folder,
                 remedy="leave out calibration=… (--calibration): the rounding 'preserve' needs no data",
             )
-        return plan_pipeline(opened, adapters, settings.component, plan)
-    return plan(opened, adapters)
+        return plan_pipeline(opened, adapters, _plan_model, settings)
+    return _plan_model(settings, opened, adapters)
 
 
 def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[OFTAdapter]) -> CheckpointPlan:
@@ -166,7 +164,9 @@ def fold_checkpoint(
             ``"plain"``, or the file of settings of axolotl, LLaMA-Factory or ms-swift. A plain source is quantised so before
             the fold; a quantised source must be stored so. None: what the files of the trainer beside the adapter say, or a
             quantised base that the adapter's config names; else a plain source is refused, unless ``quantize``,
-            ``fold_into`` or a quantised ``format`` says how it is used.
+            ``fold_into`` or a quantised ``format`` says how it is used. For a pipeline whose models are stored in different ways,
+            of each model: ``"unet=nf4,text_encoder=plain"``; ``quantize``, ``fold_into``, ``load_dtype`` and ``skip_modules`` are
+            then of the plain models.
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after

@@ -38,6 +38,7 @@ def extract_checkpoint(
     merged: str | PathLike[str],
     block_size: int | None = None,
     *,
+    side: Literal["input", "output"] | None = None,
     component: str | None = None,
     variant: str | None = None,
     follow_links: bool = False,
@@ -53,7 +54,7 @@ def extract_checkpoint(
 
     Args:
         base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
-        block_size: as for :func:`extract`.
+        block_size, side: as for :func:`extract`.
         component: the model of a pipeline from which the adapter is extracted; None: the only model that differs.
         variant, follow_links, executor: as for :func:`fold_checkpoint`.
         progress: show a bar, or a function of (weights done, weights in all, module path).
@@ -75,7 +76,7 @@ def extract_checkpoint(
         begin = pickle.dumps(partial(with_links, follow_links, partial(_pairs, opened)))
     with shown(progress, "extract", "layer") as step, opened_executor(executor) as workers:
         return extract_from_checkpoints(
-            *pair, block_size, base_name=str(base), progress=step, executor=workers, begin=begin
+            *pair, block_size, side=side, base_name=str(base), progress=step, executor=workers, begin=begin
         )
 
 

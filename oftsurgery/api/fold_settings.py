@@ -63,3 +63,14 @@ class FoldSettings:
             compute, load = (d if d is None else float_dtype(d) for d in (self.compute_dtype, self.load_dtype))
             return Quantization(codec, double and codec in FOUR_BIT, compute, skip, load)
         return None
+
+
+@dataclass(frozen=True)
+class SettingsOfOne(FoldSettings):
+    """The settings of one model of a pipeline that has plain and quantised models.
+
+    Attributes:
+        as_stored: the ``trained_on`` that says of each model that the adapter was trained on it as it is stored; for messages.
+    """
+
+    as_stored: str = ""

@@ -341,7 +341,12 @@ def wrap(
 
 
 def extract(
-    base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: bool = False
+    base: nn.Module,
+    merged: nn.Module,
+    block_size: int | None = None,
+    *,
+    side: Literal["input", "output"] | None = None,
+    progress: bool = False,
 ) -> ExtractedAdapter:
     """Get an OFT adapter back out of a model that the adapter was merged into.
 
@@ -355,10 +360,13 @@ def extract(
         merged: the same model with the adapter in its weights, in any format.
         block_size: the rotations' block size; None to detect one for each width of layer. A given block size yields the
             best rotations of that size for any difference (a full fine-tune, a LoRA merge).
+        side: whether the inputs or the outputs of the layers are rotated (kohya, LyCORIS, peft ≤ 0.13); None: the inputs, or else the
+            outputs where rotations of these predict the difference and those of the inputs do not.
         progress: show a bar.
 
     Returns:
-        an :class:`~oftsurgery.ExtractedAdapter` with the exact Cayley map. Its ``report`` has each module's residual,
+        an :class:`~oftsurgery.ExtractedAdapter` with the exact Cayley map; ``save_for("lycoris", file)`` writes rotations of outputs.
+        Its ``report`` has each module's residual,
         explained fraction and estimated error. Weights without a rotation are left out.
 
     Raises:
@@ -372,7 +380,7 @@ def extract(
     for model in (base, merged):
         check_is_model(model)
     with shown(progress, "extract", "layer") as step:
-        return extract_from_models(base, merged, block_size, progress=step)
+        return extract_from_models(base, merged, block_size, side=side, progress=step)
 
 
 def _names_or_adapters(

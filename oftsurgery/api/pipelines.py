@@ -21,22 +21,26 @@ from oftsurgery.records.record_file import record_in
 from oftsurgery.stores.components import split_adapters
 from oftsurgery.stores.folder import FolderStore
 
+from .fold_settings import FoldSettings
+from .trained_on import settings_of_each
+
 _CHOOSE = "name the component: component=… (--component)"
 
 
 def plan_pipeline(
     pipeline: Pipeline,
     adapters: Sequence[OFTAdapter],
-    component: str | None,
-    plan: Callable[[Checkpoint, Sequence[OFTAdapter]], CheckpointPlan],
+    plan: Callable[[FoldSettings, Checkpoint, Sequence[OFTAdapter]], CheckpointPlan],
+    settings: FoldSettings,
 ) -> PipelinePlan:
-    """The fold of a pipeline; ``plan`` plans the fold of one model.
+    """The fold of a pipeline; ``plan`` plans the fold of one model by its own settings.
 
     Raises:
         OFTSurgeryError: as for one checkpoint.
     """
-    parts = split_adapters(adapters, _stores(pipeline.models), component)
-    return PipelinePlan(pipeline, {name: plan(pipeline.models[name], own) for name, own in parts.items()})
+    parts = split_adapters(adapters, _stores(pipeline.models), settings.component)
+    each = settings_of_each(settings, {name: pipeline.models[name] for name in parts})
+    return PipelinePlan(pipeline, {name: plan(each[name], pipeline.models[name], own) for name, own in parts.items()})
 
 
 def plan_pipeline_back(

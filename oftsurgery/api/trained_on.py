@@ -4,9 +4,10 @@ follow it, and a model in memory must be it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ from oftsurgery.stores.folder import holds_quantised_weights, load_dtype
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import distinct, modules_of
 
-from .fold_settings import FoldSettings
+from .fold_settings import FoldSettings, SettingsOfOne
 
 
 def as_trained(
@@ -51,10 +52,10 @@ def as_trained(
             remedy = "leave out quantize=… (--quantize) and fold_into=… (--fold-into), or leave out trained_on=… (--trained-on)"
             raise StateError(message, remedy=remedy)
         if quantised:
-            return settings, _stored_so([trained], source)
+            return settings, _stored_so([trained], source, settings)
         return _with(settings, trained, source), trained
     if quantised:
-        return settings, _stored_so(_in_files(adapters), source)
+        return settings, _stored_so(_in_files(adapters), source, settings)
     if settings.quantize is not None or settings.fold_into != "quantized":
         return settings, None
     found = _found(adapters)
@@ -66,6 +67,54 @@ def as_trained(
             SourceWarning,
         )
     return _with(settings, found, source), found
+
+
+def settings_of_each(settings: FoldSettings, models: Mapping[str, Checkpoint]) -> dict[str, FoldSettings]:
+    """The settings of a fold of each model of a pipeline: what ``trained_on`` says of the model, and what the other arguments say of
+    plain models alone where some of the models are quantised.
+
+    Args:
+        models: the models that the fold changes.
+
+    Raises:
+        StateError: ``trained_on`` names a model that the adapters do not change.
+    """
+    said = _said_of_each(settings.trained_on)
+    unknown = next((name for name in said or {} if name not in models), None)
+    if unknown is not None:
+        message = f"trained_on=… (--trained-on) names {printable(unknown)!r}, which is none of the models that the adapters change"
+        raise StateError(message, remedy=f"name models of these: {', '.join(map(printable, models))}")
+    stored = {
+        name: _stored_name(model) if holds_quantised_weights(model) else "plain" for name, model in models.items()
+    }
+    mixed = len({name == "plain" for name in stored.values()}) == 2
+    found: dict[str, FoldSettings] = {}
+    for name, kind in stored.items():
+        own = settings if said is None else replace(settings, trained_on=said.get(name))
+        if mixed:
+            given = {f.name: getattr(own, f.name) for f in fields(FoldSettings)}
+            own = SettingsOfOne(**given, as_stored=",".join(f"{n}={k}" for n, k in stored.items()))
+        if mixed and kind != "plain":
+            quantized = None if own.quantize is None else own.quantize + "-double" * own.double_quant
+            own = replace(own, fold_into="quantized", skip_modules=None, load_dtype=None)
+            if quantized == kind:
+                own = replace(own, quantize=None, double_quant=own.double_quant and own.format in FOUR_BIT)
+        found[name] = own
+    return found
+
+
+def _said_of_each(said: str | PathLike[str] | None) -> dict[str, str] | None:
+    """``{model: what the adapter was trained on}`` of a text ``unet=nf4,text_encoder=plain``; None for anything else."""
+    if not isinstance(said, str) or "=" not in said or Path(said).expanduser().is_file():
+        return None
+    return {name.strip(): kind.strip() for name, _, kind in (part.partition("=") for part in said.split(","))}
+
+
+def _of_each(settings: FoldSettings) -> str:
+    """The remedy of a pipeline with plain and quantised models; empty elsewhere."""
+    if not isinstance(settings, SettingsOfOne):
+        return ""
+    return f"; or say it of each model of the pipeline: trained_on='{settings.as_stored}' (--trained-on {settings.as_stored})"
 
 
 def _as_dequantised(settings: FoldSettings, source: Checkpoint, adapters: Sequence[OFTAdapter]) -> FoldSettings:
@@ -172,7 +221,7 @@ def check_said(plan: CheckpointPlan, settings: FoldSettings) -> None:
     others = ", ".join(name for name in TRAINED_ON if name not in ("plain", "nf4-double"))
     remedy = (
         "say trained_on='plain' (--trained-on plain), or trained_on='nf4-double' (--trained-on nf4-double), which is NF4 with "
-        f"double quantisation, as QLoRA's settings are; the others are {others}"
+        f"double quantisation, as QLoRA's settings are; the others are {others}{_of_each(settings)}"
     )
     raise StateError(message, path=plan.source.folder, remedy=remedy)
 
@@ -203,7 +252,14 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
     )
 
 
-def _stored_so(found: Sequence[TrainedOn], source: Checkpoint) -> TrainedOn | None:
+def _stored_name(source: Checkpoint) -> str:
+    """The name of the format of a quantised source, by its config."""
+    settings = source.config.get("quantization_config") or {}
+    stored = "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
+    return stored + "-double" * bool(stored != "int8" and settings.get("bnb_4bit_use_double_quant"))
+
+
+def _stored_so(found: Sequence[TrainedOn], source: Checkpoint, fold: FoldSettings) -> TrainedOn | None:
     """The one of ``found`` that a quantised source is stored as; None where nothing is found.
 
     Raises:
@@ -212,8 +268,7 @@ def _stored_so(found: Sequence[TrainedOn], source: Checkpoint) -> TrainedOn | No
     settings = source.config.get("quantization_config")
     if not found or not isinstance(settings, dict):
         return None  # without settings, the plan refuses the source
-    stored = "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
-    stored += "-double" * bool(stored != "int8" and settings.get("bnb_4bit_use_double_quant"))
+    stored = _stored_name(source)
     so = next((one for one in found if one.name == stored), None)
     if so is None:
         message = (
@@ -225,5 +280,5 @@ def _stored_so(found: Sequence[TrainedOn], source: Checkpoint) -> TrainedOn | No
             remedy += (
                 f"; or say that the adapter was trained on this base: trained_on='{stored}' (--trained-on {stored})"
             )
-        raise StateError(message, path=source.folder, remedy=remedy)
+        raise StateError(message, path=source.folder, remedy=remedy + _of_each(fold))
     return so

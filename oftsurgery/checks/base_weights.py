@@ -14,7 +14,7 @@ from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import Store
 
 from .row_groups import sizes_of
-from .tool_names import Rows, ToolNames
+from .tool_names import Rows, ToolNames, flat_name
 
 
 class BaseWeights:
@@ -27,6 +27,10 @@ class BaseWeights:
     def __init__(self, parts: Sequence[tuple[OFTAdapter, Store]]) -> None:
         self._stores = {path: store for adapter, store in parts for path in adapter.modules}
         self._names = {id(store): ToolNames(store.tensors) for _, store in parts}
+
+    def swapped(self, path: str) -> bool:
+        """Whether the module has a name of diffusers, and the original layout holds the halves of its rows in the other order."""
+        return flat_name(path) in self._names[id(self._stores[path])].swapped
 
     def __call__(self, path: str) -> tuple[Tensor, tuple[int, ...]]:
         """``(rows, rest)`` float64 of the module ``path``, and the kernel ``(kh, kw)`` of a convolution.

@@ -18,7 +18,7 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.from_image_tools import PEFT_METADATA
-from oftsurgery.adapters.image_keys import has_image_keys
+from oftsurgery.adapters.image_keys import has_image_keys, kind_of_other
 from oftsurgery.adapters.reading import DIFFUSERS_FILE, find_adapter, read_adapter
 from oftsurgery.errors import CheckpointError
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
@@ -107,7 +107,8 @@ def _file_of_adapter(path: str | PathLike[str]) -> Path | None:
         return None
     with suppress(CheckpointError):  # the error of a damaged file belongs to the examination
         entries, metadata = read_header(file)
-        if PEFT_METADATA in metadata or has_image_keys(entry.name for entry in entries):
+        names = [entry.name for entry in entries]
+        if PEFT_METADATA in metadata or has_image_keys(names) or kind_of_other(names) is not None:
             return file
     return None
 

@@ -31,6 +31,7 @@ from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
+from oftsurgery.rotations import Side
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of, tensors_in
@@ -41,8 +42,13 @@ from oftsurgery.weights.extract import (
     block_size_curve,
     choose_block_size,
     extract_encoded,
+    extract_rotation,
+    on_better_side,
     unrotated,
 )
+
+#: the side that a caller may name
+ExtractedSide = Literal["input", "output"]
 
 # the number of weights of one width whose curves are pooled: more weights would cost time and change nothing
 _SAMPLE = 4
@@ -104,22 +110,22 @@ def turned(pair: Pair) -> tuple[int, int] | Literal["no", "other shapes"]:
         return "no" if unrotated(base, merged) else (base.format.shape[0], base.format.shape[1])
 
 
-def extracted(pair: Pair, block_size: int) -> ExtractedRotation:
-    """The rotation of one weight."""
+def extracted(pair: Pair, block_size: int, side: Side) -> ExtractedRotation:
+    """The rotation of one weight; ``side`` is that of the weights that are no embeddings."""
     with module_in_errors(pair.path):
-        return extract_encoded(*pair.read(), block_size, embedding=pair.embedding)
+        return extract_encoded(*pair.read(), block_size, "embedding" if pair.embedding else side)
 
 
 #: functions of pairs, given as (pair, further arguments); they give the results in order
 TurnedOf = Callable[[Sequence[Pair]], Iterable[tuple[int, int] | str]]
-ExtractedOf = Callable[[Sequence[tuple[Pair, int]]], Iterable[ExtractedRotation]]
+ExtractedOf = Callable[[Sequence[tuple[Pair, int, Side]]], Iterable[ExtractedRotation]]
 
 
 def _all_turned(pairs: Sequence[Pair]) -> Iterator[tuple[int, int] | str]:
     return map(turned, pairs)
 
 
-def _all_extracted(pairs: Sequence[tuple[Pair, int]]) -> Iterator[ExtractedRotation]:
+def _all_extracted(pairs: Sequence[tuple[Pair, int, Side]]) -> Iterator[ExtractedRotation]:
     return starmap(extracted, pairs)
 
 
@@ -127,6 +133,7 @@ def _extract(
     pairs: Sequence[Pair],
     differing: Iterator[str],
     block_size: int | None,
+    given_side: ExtractedSide | None,
     base_name: str | None,
     progress: Progress | None,
     turned_of: TurnedOf = _all_turned,
@@ -148,10 +155,14 @@ def _extract(
         others = f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
         remedy = "give the base first, then the model into which an adapter was merged"
         raise ExtractionError(f"no weight of the merged model is rotated{others}", remedy=remedy)
-    sizes = _detect(rotated, changed) if block_size is None else {}
+    if block_size is None:
+        sizes, side = _detect(rotated, changed, given_side)
+    else:
+        sizes, side = {}, given_side or _better_side(rotated, changed, block_size)
     report: dict[str, ExtractedRotation] = {}
-    sized = [(pair, sizes[changed[pair.path][1]] if block_size is None else block_size) for pair in rotated]
-    for done, ((pair, _), rotation) in enumerate(zip(sized, extracted_of(sized), strict=True), start=1):
+    widths = [changed[pair.path][_dim(pair, side)] for pair in rotated]
+    sized = [(p, block_size or sizes[width], side) for p, width in zip(rotated, widths, strict=True)]
+    for done, ((pair, _, _), rotation) in enumerate(zip(sized, extracted_of(sized), strict=True), start=1):
         if rotation.explained > 0 or block_size is not None:
             report[pair.path] = rotation
         else:
@@ -160,6 +171,7 @@ def _extract(
             progress(done, len(rotated), pair.path)
     adapter = ExtractedAdapter(
         modules={path: r.rotation for path, r in report.items()},
+        dialect="peft-0.13" if side == "output" else "peft-0.21",
         config={"peft_type": "OFT", "base_model_name_or_path": base_name, "bias": "none"},
         source=f"extracted, base {base_name}",
         report=MappingProxyType(report),
@@ -169,15 +181,51 @@ def _extract(
     return adapter
 
 
-def _detect(pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
-    """``{input features: block size}``, since peft gives all layers of one width the same block size."""
+def _dim(pair: Pair, side: Side) -> int:
+    """The dimension of a weight's shape with the features that rotate."""
+    return 0 if side == "output" and not pair.embedding else 1
+
+
+def _detect(
+    pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]], given: ExtractedSide | None
+) -> tuple[dict[int, int], Side]:
+    """``({features: block size}, side)``, on the side where rotations predict the difference better."""
+    on = partial(_detect_on, pairs, shapes)
+    if given is None and any(not pair.embedding for pair in pairs):
+        return on_better_side(on)
+    return on(given or "input")[0], given or "input"
+
+
+def _better_side(pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]], block_size: int) -> Side:
+    """The side on which rotations of the given block size explain more of the largest weight's difference; the inputs, where these
+    explain the most of it.
+    """
+    layers = [p for p in pairs if not p.embedding and shapes[p.path][0] % block_size == 0]
+    if not layers or any(p.embedding or shapes[p.path][1] % block_size for p in pairs):
+        return "input"
+    largest = max(layers, key=lambda p: math.prod(shapes[p.path]))
+    return extract_rotation(*largest.read(), block_size).rotation.side
+
+
+def _detect_on(
+    pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]], side: Side
+) -> tuple[dict[int, int], float]:
+    """``({features: block size}, mean residual without a rotation in units of the least)``, since the tools give all layers of one width
+    the same block size.
+    """
     found: dict[int, int] = {}
+    gains: list[float] = []
     unsure: dict[int, ExtractionError] = {}
-    for width in sorted({features for _, features in shapes.values()}):
-        # a weight with more rows gives a clearer curve
-        group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
+    widths = {pair.path: shapes[pair.path][_dim(pair, side)] for pair in pairs}
+    for width in sorted(set(widths.values())):
+        # a weight with more of the other features gives a clearer curve
+        group = sorted((p for p in pairs if widths[p.path] == width), key=lambda p: -math.prod(shapes[p.path]))[
+            :_SAMPLE
+        ]
         try:
-            found[width] = choose_block_size([block_size_curve(*pair.read()) for pair in group])
+            curves = [block_size_curve(*p.read(), "embedding" if p.embedding else side) for p in group]
+            found[width] = choose_block_size(curves, side)
+            gains += [curve[1] for curve in curves]
         except ExtractionError as error:
             unsure[width] = error
     others = set(found.values())
@@ -185,7 +233,7 @@ def _detect(pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, int]]) -> dic
         if len(others) != 1 or width % min(others):
             raise why
         found[width] = min(others)
-    return found
+    return found, sum(gains) / len(gains)
 
 
 def _say(adapter: ExtractedAdapter) -> None:
@@ -228,7 +276,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def extract_from_models(
-    base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: Progress | None = None
+    base: nn.Module,
+    merged: nn.Module,
+    block_size: int | None = None,
+    *,
+    side: ExtractedSide | None = None,
+    progress: Progress | None = None,
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
@@ -253,7 +306,8 @@ def extract_from_models(
         pairs.append(Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
-    return _extract(pairs, _differing(tensors_in(here), tensors_in(there), covered), block_size, name_or_path, progress)
+    differing = _differing(tensors_in(here), tensors_in(there), covered)
+    return _extract(pairs, differing, block_size, side, name_or_path, progress)
 
 
 def _reader(base: Layer, merged: Layer) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
@@ -271,6 +325,7 @@ def extract_from_checkpoints(
     merged: Checkpoint,
     block_size: int | None = None,
     *,
+    side: ExtractedSide | None = None,
     base_name: str | None = None,
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -287,7 +342,7 @@ def extract_from_checkpoints(
     pairs = _pairs_on_disk(here, there, own)
     differing = _differing_on_disk(here, there, own)
     if executor is None:
-        return _extract(pairs, differing, block_size, base_name, progress)
+        return _extract(pairs, differing, block_size, side, base_name, progress)
     sizes = {pair.path: math.prod(here.shape(f"{pair.path}.weight")) for pair in pairs}
 
     def by_tasks(function: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
@@ -299,10 +354,11 @@ def extract_from_checkpoints(
         pairs,
         differing,
         block_size,
+        side,
         base_name,
         progress,
         lambda pairs: by_tasks(turned, [(pair.path,) for pair in pairs]),
-        lambda sized: by_tasks(extracted, [(pair.path, size) for pair, size in sized]),
+        lambda sized: by_tasks(extracted, [(pair.path, *rest) for pair, *rest in sized]),
     )
 
 

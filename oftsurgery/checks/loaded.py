@@ -268,7 +268,8 @@ class LoadedCheckpoint:
     def transposed(self, name: str) -> bool:
         """Whether a plain weight is held ``(in, out)``."""
         if self.model is None:
-            return self.checkpoint.config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
+            conv1d = self.checkpoint.config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
+            return conv1d or (name in self._from and self._from[name] == name.removesuffix(".weight"))
         return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
 
     def dtype_of(self, name: str) -> torch.dtype | None:
@@ -335,7 +336,9 @@ class LoadedCheckpoint:
         """
         if self._of_diffusers:
             keys = [*(map(str, skip) if isinstance(skip, list) else ()), *self._kept]
-            plain = re.compile("|".join(rf"^(.*\.)?{k}$|{k}\." for k in map(re.escape, keys)) or "(?!)")
+            # an entry with dots is a whole path, or the beginning of a path inside the model
+            ends = [rf"^{re.escape(k)}$" if "." in k else rf"^(.*\.)?{re.escape(k)}$" for k in keys]
+            plain = re.compile("|".join([*ends, *(rf"{re.escape(k)}\." for k in keys)]) or "(?!)")
             own = (path for path, module in self.model.named_modules() if isinstance(module, nn.Linear))
             return frozenset(f"{path}.weight" for path in own if not plain.search(path))
         from transformers.quantizers.base import HfQuantizer
@@ -366,7 +369,11 @@ class LoadedCheckpoint:
 
 
 def _of_module(name: str) -> str:
-    """The name of a stored tensor, or for an attention's fused projection in OpenCLIP the name that a module's tensor would have."""
+    """The name of a stored tensor, or for the projections of OpenCLIP, an attention's fused one and that of the text (which is held
+    ``(in, out)``), the name that a module's tensor would have.
+    """
+    if re.fullmatch(r"(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.model\.text_projection", name):
+        return f"{name}.weight"
     before, mark, leaf = name.rpartition(".attn.in_proj_")
     return f"{before}.attn.in_proj.{leaf}" if mark and leaf in ("weight", "bias") and ".resblocks." in before else name
 

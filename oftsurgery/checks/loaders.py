@@ -20,11 +20,10 @@ from oftsurgery.adapters.strength import AtStrength
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import share
 
+from .base_weights import BaseWeights
 from .findings import CONVERT, FOLD, Finding, Numbers
 from .measures import rotated
-
-#: function from a module's name in the adapter to its weights in the base, ``(rows of the module, rest)`` float64, and the kernel
-WeightOf = Callable[[str], tuple[Tensor, tuple[int, ...]]]
+from .tool_names import flat_name, is_original, of_flux_or_sd3, swapped_in_adapter
 
 #: the most columns of the identity that stand for a weight
 _COLUMNS = 128
@@ -41,15 +40,18 @@ class Loader:
         name: the tool with its releases.
         mode: the mode of strength that has the tool's formula.
         code: the code of the finding.
-        drops: function from a module's name and map to why the tool does not load the module; None where it does.
+        drops: function from a module's name, its map, and whether the adapter has diffusers' names of Flux or SD3, to why the tool
+            does not load the module; None where it does.
         faults: function from a map to the tool's mistakes at strength 1.
+        swaps: whether the tool computes the change of a module with swapped halves from rows in the original layout's order.
     """
 
     name: str
     mode: str
     code: str
-    drops: Callable[[str, WeightMap], str | None]
+    drops: Callable[[str, WeightMap, bool], str | None]
     faults: Callable[[WeightMap], tuple[str, ...]]
+    swaps: bool = False
 
 
 _LIMIT = "the limit is taken as alpha, and not as alpha times the outputs"
@@ -57,20 +59,32 @@ _OFF = "an alpha of 0 turns the rotation off in kohya's trainer, and means no li
 _RESCALE = "the trained scale (rescale) is ignored"
 _UNSTATED = "the file does not hold the limit of the training"
 _SERIES = "the series of OneTrainer's first two days is computed as today's"
-_SAID = {_LIMIT: "limit", _OFF: "alpha_0", _UNSTATED: "limit", _RESCALE: "rescale", _SERIES: "series"}
+_HALVES = "the modulation's halves (shift and scale) are in the other order in its layout, and it turns each by the other's rotation"
+_SAID = {
+    _HALVES: "swapped_halves",
+    _LIMIT: "limit",
+    _OFF: "alpha_0",
+    _UNSTATED: "limit",
+    _RESCALE: "rescale",
+    _SERIES: "series",
+}
 
 
-def _comfyui_drops(path: str, m: WeightMap) -> str | None:
+def _comfyui_drops(path: str, m: WeightMap, split: bool) -> str | None:
     keys = {OneTrainerBlocks: "oft_R", FinishedBlocks: "oft_diag", FluxParts: "oft_blocks.<i>"}
     key = next((key for kind, key in keys.items() if isinstance(m, kind)), None)
     if key is not None:
         return f"keys {key}"
     if path.startswith("oft_unet_"):
         return "keys oft_unet_…"
+    if path.startswith("lora_unet_") and split and not is_original(path):
+        return "keys lora_unet_… with diffusers' names of Flux or SD3"
+    if path.startswith("lycoris_") and is_original(path):
+        return "keys lycoris_… with names of an original layout"
     return "BOFT without alpha" if isinstance(m, LycorisBoft) and m.alpha is None else None
 
 
-def _webui_drops(path: str, m: WeightMap) -> str | None:  # noqa: ARG001 - the signature of a loader
+def _webui_drops(path: str, m: WeightMap, split: bool) -> str | None:  # noqa: ARG001 - the signature of a loader
     keys = {OneTrainerBlocks: "oft_R", FluxParts: "oft_blocks.<i>"}
     key = next((key for kind, key in keys.items() if isinstance(m, kind)), None)
     return None if key is None else f"keys {key}"
@@ -100,14 +114,14 @@ def _node_faults(m: WeightMap) -> tuple[str, ...]:
 
 
 LOADERS = (
-    Loader("ComfyUI to 2025-10", "comfyui", "other-in-comfyui", _comfyui_drops, _comfyui_faults),
+    Loader("ComfyUI to 2025-10", "comfyui", "other-in-comfyui", _comfyui_drops, _comfyui_faults, swaps=True),
     Loader("A1111's web UI and Forge", "webui", "other-in-webui", _webui_drops, _webui_faults),
 )
 #: the loader of OneTrainer's files in ComfyUI, a node of its own
 NODE = Loader("the OFTv2 node of ComfyUI", "oftv2-node", "other-in-oftv2-node", lambda *_: None, _node_faults)
 
 
-def other_loaders(adapter: OFTAdapter, subject: str, weight_of: WeightOf | None = None) -> Iterator[Finding]:
+def other_loaders(adapter: OFTAdapter, subject: str, weight_of: BaseWeights | None = None) -> Iterator[Finding]:
     """Findings on what popular loaders compute with the adapter of an image tool.
 
     Args:
@@ -117,14 +131,66 @@ def other_loaders(adapter: OFTAdapter, subject: str, weight_of: WeightOf | None 
     if not all(isinstance(m, kinds) for m in adapter.modules.values()):
         return
     loaders = (*LOADERS, *([NODE] if adapter.dialect.startswith("onetrainer") else []))
+    names = frozenset[str]() if weight_of is not None else swapped_in_adapter(adapter.modules)
+    found = {p for p in adapter.modules if (flat_name(p) in names if weight_of is None else weight_of.swapped(p))}
     for loader in loaders:
-        yield from _of_loader(adapter, loader, subject, weight_of)
+        swapped = found if loader.swaps else frozenset[str]()
+        yield from _of_loader(adapter, loader, subject, _Weights(weight_of, swapped))
 
 
-def _of_loader(adapter: OFTAdapter, loader: Loader, subject: str, weight_of: WeightOf | None) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Weights:
+    """The weights on which the distances are measured.
+
+    Attributes:
+        base: the base's weights; None without a base.
+        swapped: the modules whose halves the loader takes in the other order.
+    """
+
+    base: BaseWeights | None
+    swapped: Collection[str]
+
+    def of(self, path: str, m: WeightMap) -> tuple[Tensor, tuple[int, ...]]:
+        """``(weight, kernel)``: the base's, or else the identity: tiled where the blocks are independent, and in some of its columns
+        for BOFT.
+        """
+        if self.base is not None:
+            return self.base(path)
+        if isinstance(m, OneTrainerBlocks):
+            return torch.eye(m.block_size, dtype=torch.float64).repeat(1, len(m.vectors)), ()
+        assert isinstance(m, (OutputBlocks, LycorisBoft))  # noqa: S101 - loaders load the others rightly, or not at all
+        if isinstance(m, LycorisBoft) or (path in self.swapped and len(m.blocks) % 2):
+            eye = torch.zeros(m.rows, min(m.rows, _COLUMNS), dtype=torch.float64)
+            ones = torch.linspace(0, m.rows - 1, eye.shape[1]).round().long()
+            eye[ones, torch.arange(eye.shape[1])] = 1
+            return eye, ()
+        n, b = len(m.blocks), m.block_size
+        eye = torch.eye(b, dtype=torch.float64)
+        if path in self.swapped:  # independent halves
+            return torch.block_diag(eye.repeat(n // 2, 1), eye.repeat(n // 2, 1)), ()  # type: ignore[no-untyped-call]
+        return eye.repeat(n, 1), ()
+
+    def measured_on(self, modules: Iterable[WeightMap]) -> str:
+        if self.base is not None:
+            return "the base's weights"
+        large = any(isinstance(m, LycorisBoft) and m.rows > _COLUMNS for m in modules)
+        some = f"; an estimate from {_COLUMNS} columns where a BOFT has more rows" * large
+        return f"weights without a preferred direction{some}"
+
+    def loaded(self, path: str, w: Tensor, m: WeightMap, kernel: tuple[int, ...]) -> Tensor:
+        """What the loader makes of ``w`` with the map ``m``."""
+        if path not in self.swapped:
+            return _made(path, w, m, kernel)
+        other = w.roll(len(w) // 2, 0)
+        return w + _made(path, other, m, kernel) - other
+
+
+def _of_loader(adapter: OFTAdapter, loader: Loader, subject: str, weights: _Weights) -> Iterator[Finding]:
     there = {path: _in_file(adapter, m) for path, m in adapter.modules.items()}
-    dropped = {path: why for path, m in there.items() if (why := loader.drops(path, m)) is not None}
+    split = of_flux_or_sd3(adapter.modules)
+    dropped = {path: why for path, m in there.items() if (why := loader.drops(path, m, split)) is not None}
     faults = {path: loader.faults(m) for path, m in there.items() if path not in dropped}
+    faults |= {path: (*own, _HALVES) for path, own in faults.items() if path in weights.swapped}
     faults |= {
         path: (*own, _UNSTATED)
         for path, own in faults.items()
@@ -132,8 +198,8 @@ def _of_loader(adapter: OFTAdapter, loader: Loader, subject: str, weight_of: Wei
     }
     turned = sum(m.turns_bias for path, m in adapter.modules.items() if path not in dropped)
     said = list(dict.fromkeys(fault for own in faults.values() for fault in own))
-    base = "the base's weights" if weight_of is not None else "weights without a preferred direction"
-    numbers: Numbers = {"loader": loader.name, "measured_on": base, "modules": len(adapter.modules)}
+    measured_on = weights.measured_on(adapter.modules.values())
+    numbers: Numbers = {"loader": loader.name, "measured_on": measured_on, "modules": len(adapter.modules)}
     if len(dropped) == len(adapter.modules):
         why = _listed(dropped.values())
         message = f"{loader.name} loads none of the adapter's modules ({why}), and draws the base's picture"
@@ -144,7 +210,7 @@ def _of_loader(adapter: OFTAdapter, loader: Loader, subject: str, weight_of: Wei
         far = _Distances()
         for path, m in adapter.modules.items():
             own = faults.get(path, ())
-            far.add(path, *_of_module(path, m, there[path], loader, own, weight_of, dropped=path in dropped))
+            far.add(path, *_of_module(path, m, there[path], loader, own, weights, dropped=path in dropped))
         off, of_weights = far.of_change(), far.of_weights()
         if far.changes and off is not None and off <= _NOTHING and not dropped:
             return
@@ -164,7 +230,7 @@ def _of_loader(adapter: OFTAdapter, loader: Loader, subject: str, weight_of: Wei
     elif turned:
         message = f"{loader.name} leaves the biases of {turned} modules, which the training turned"
         yield Finding("warning", loader.code, message, subject, numbers, _remedy(loader, adapter))
-    yield from _at_half(adapter, loader, dropped.keys(), subject, weight_of, numbers)
+    yield from _at_half(adapter, loader, dropped.keys(), subject, weights, numbers)
 
 
 def _at_half(
@@ -172,7 +238,7 @@ def _at_half(
     loader: Loader,
     dropped: Collection[str],
     subject: str,
-    weight_of: WeightOf | None,
+    weights: _Weights,
     numbers: Numbers,
 ) -> Iterator[Finding]:
     """A note on a loader that understands a strength otherwise than the trainer."""
@@ -181,9 +247,10 @@ def _at_half(
         return
     far = _Distances()
     for path, m in here.items():
-        w, kernel = _weight(path, m, weight_of)
+        w, kernel = weights.of(path, m)
         own = AtStrength(m, _HALF, m.tool if isinstance(m, OutputBlocks) else "lycoris")
-        far.add(path, w, _made(path, w, own, kernel), _made(path, w, AtStrength(m, _HALF, loader.mode), kernel), {})
+        loaded = weights.loaded(path, w, AtStrength(m, _HALF, loader.mode), kernel)
+        far.add(path, w, _made(path, w, own, kernel), loaded, {})
     off = far.of_change()
     if off is None or off <= _NOTHING:
         return
@@ -264,43 +331,34 @@ def _of_module(
     there: WeightMap,
     loader: Loader,
     faults: Sequence[str],
-    weight_of: WeightOf | None,
+    weights: _Weights,
     *,
     dropped: bool,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """``(base's weight, trainer's, loader's, {fault: the weight with this fault alone})``."""
-    w, kernel = _weight(path, m, weight_of)
+    w, kernel = weights.of(path, m)
     right = _made(path, w, m, kernel)
     if dropped:
         return w, right, w, {}
-    loaded = _made(path, w, AtStrength(there, 1.0, loader.mode), kernel) if faults else right
-    alone = dict.fromkeys(faults, loaded) if len(faults) == 1 else {}
-    if len(faults) > 1 and isinstance(m, OutputBlocks) and isinstance(there, OutputBlocks):
-        without = replace(m, scale=None)
-        limited = _made(path, w, AtStrength(replace(there, scale=None), 1.0, loader.mode), kernel)
-        scaled = right if m.scale is None else m.scale.detach().to("cpu", torch.float64).reshape(-1, 1) * limited
-        alone = {fault: (_made(path, w, without, kernel) if fault == _RESCALE else scaled) for fault in faults}
-    return w, right, loaded, alone
+    if not faults:
+        return w, right, right, {}
+    loaded = weights.loaded(path, w, AtStrength(there, 1.0, loader.mode), kernel)
+    if len(faults) == 1:
+        return w, right, loaded, dict.fromkeys(faults, loaded)
+    limited, alone = AtStrength(there, 1.0, loader.mode), {}
+    if isinstance(m, OutputBlocks) and isinstance(there, OutputBlocks) and m.scale is not None:
+        scale = m.scale.detach().to("cpu", torch.float64).reshape(-1, 1)
+        unscaled = AtStrength(replace(there, scale=None), 1.0, loader.mode)
+        alone = dict.fromkeys(faults, scale * _made(path, w, unscaled, kernel))
+        alone |= {_RESCALE: _made(path, w, replace(m, scale=None), kernel)}
+    else:
+        alone = dict.fromkeys(faults, _made(path, w, limited, kernel))
+    alone |= {_HALVES: weights.loaded(path, w, m, kernel)}
+    return w, right, loaded, {fault: alone[fault] for fault in faults}
 
 
 def _made(path: str, w: Tensor, m: WeightMap, kernel: tuple[int, ...]) -> Tensor:
     return rotated(w, [m], path, kernel)
-
-
-def _weight(path: str, m: WeightMap, weight_of: WeightOf | None) -> tuple[Tensor, tuple[int, ...]]:
-    """The base's weight, or else the identity: tiled where the blocks are independent, and in some of its columns for BOFT."""
-    if weight_of is not None:
-        return weight_of(path)
-    if isinstance(m, OneTrainerBlocks):
-        return torch.eye(m.block_size, dtype=torch.float64).repeat(1, len(m.vectors)), ()
-    if isinstance(m, LycorisBoft):
-        rows = m.rows
-        eye = torch.zeros(rows, min(rows, _COLUMNS), dtype=torch.float64)
-        ones = torch.linspace(0, rows - 1, eye.shape[1]).round().long()
-        eye[ones, torch.arange(eye.shape[1])] = 1
-        return eye, ()
-    assert isinstance(m, OutputBlocks)  # noqa: S101 - loaders load the others rightly, or not at all
-    return torch.eye(m.block_size, dtype=torch.float64).repeat(len(m.blocks), 1), ()
 
 
 def _count(fault: str, faults: Mapping[str, Sequence[str]]) -> str:

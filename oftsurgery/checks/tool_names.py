@@ -110,6 +110,13 @@ class ToolNames:
         return []
 
     @cached_property
+    def swapped(self) -> frozenset[str]:
+        """The flattened names, in diffusers' layout, of modules whose halves the original layout of Flux and SD3 holds in the other
+        order.
+        """
+        return swapped_modules(_IN_FILE.sub("", path) for path in self._weights)
+
+    @cached_property
     def _own(self) -> dict[str, list[Rows]]:
         found: dict[str, list[Rows]] = {}
         for path in self._weights:
@@ -135,6 +142,53 @@ class ToolNames:
                     if name not in here and rows not in own:
                         own.append(rows)
         return found
+
+
+# what shows that a model is Flux or SD3; Qwen-Image also has a ``norm_out.linear``, in one layout alone
+_ORIGINAL = re.compile(r"(double|single|joint|input|output)_blocks\.|middle_block\.|final_layer\.")
+_SPLIT = re.compile(r"single_transformer_blocks\.|transformer_blocks\.\d+\.(norm1_context|ff_context)\.")
+_FUSED_BLOCKS = re.compile(r"(single|joint)_blocks\.")
+# ends of modules of the transformers' blocks, in the order in which they are tried
+_ENDS = ("norm1_context", "norm_out", "ff_context", "attn", "final_layer")
+
+
+def swapped_modules(paths: Iterable[str]) -> frozenset[str]:
+    """The flattened names, in diffusers' layout, of the swapped modules among modules of these paths, dotted and without a prefix."""
+    there = tuple(paths)
+    if not any(_SPLIT.match(path) or _FUSED_BLOCKS.match(path) for path in there):
+        return frozenset()
+    return frozenset(part.replace(".", "_") for pair in pairs_of(there) if pair.swapped for part in pair.parts)
+
+
+def flat_name(path: str) -> str:
+    """The flattened name of a module in an adapter, without the prefix of a component."""
+    return _COMPONENT.sub("", path).replace(".", "_")
+
+
+def swapped_in_adapter(paths: Iterable[str]) -> frozenset[str]:
+    """As :attr:`ToolNames.swapped`, by the names in an adapter alone: a block is the last one of SD3 where it alone lacks a trained
+    ``to_add_out``.
+    """
+    names = [_dotted(path) for path in paths]
+    found = swapped_modules(names)
+    return found if any(name.endswith("attn.to_add_out") for name in names) else found & {"norm_out_linear"}
+
+
+def of_flux_or_sd3(paths: Iterable[str]) -> bool:
+    """Whether the names in an adapter are diffusers' names of Flux or SD3."""
+    return any(_SPLIT.match(_dotted(path)) for path in paths)
+
+
+def is_original(path: str) -> bool:
+    """Whether a name in an adapter is one of an original layout."""
+    return _ORIGINAL.match(_dotted(path)) is not None
+
+
+def _dotted(path: str) -> str:
+    """A name with its dots, as far as they decide the family of the model and the swapped halves."""
+    dotted = re.sub(r"_(\d+)_", r".\1.", flat_name(path))
+    head = next((end for end in _ENDS if f"{end}_" in dotted), None)
+    return dotted if head is None else dotted.replace(f"{head}_", f"{head}.", 1)
 
 
 def _in_other_layout(here: Mapping[str, str]) -> Iterator[tuple[str, Rows]]:

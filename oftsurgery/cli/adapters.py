@@ -35,6 +35,12 @@ def add_commands(command: AddCommand) -> None:
         metavar="B",
         help="block size of the rotations (default: detected); with a size, extract gives the best rotations for any difference",
     )
+    extract.add_argument(
+        "--side",
+        choices=("input", "output"),
+        help="features of the layers that are rotated (default: the inputs, or else the outputs where rotations of these predict the "
+        "difference); rotations of outputs are written as a file of LyCORIS, OUTPUT.safetensors",
+    )
     extract.add_shared(*PIPELINE_FLAGS, "--follow-links")
     extract.add_shared("--force", help="replace the output folder")
 
@@ -52,18 +58,25 @@ def _add_adapter_commands(adapter: Parser) -> None:
 
     def output(parser: Parser) -> None:
         parser.add_shared("output")
+        parser.add_argument(
+            "--to",
+            choices=("peft", "lycoris", "comfyui"),
+            default="peft",
+            help="form to write: peft's folder; a file that LyCORIS reads; or a file from which ComfyUI and the web UI compute at "
+            "strength 1 what the trainer computed (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--base",
+            metavar="BASE",
+            help="model that the adapter is for, where the adapter's files do not tell all that peft's form needs: folder, Hub id, "
+            "pipeline or single file",
+        )
+        parser.add_shared(*PIPELINE_FLAGS)
         parser.add_shared("--force", help="replace the output folder")
 
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
     text = "write an adapter as peft 0.21 reads it, or as LyCORIS or ComfyUI read it"
     convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
-    convert.add_argument(
-        "--to",
-        choices=("peft", "lycoris", "comfyui"),
-        default="peft",
-        help="form to write: peft's folder; a file that LyCORIS reads; or a file from which ComfyUI and the web UI compute at "
-        "strength 1 what the trainer computed (default: %(default)s)",
-    )
     output(convert)
     text = "multiply each angle of an adapter by a factor; -1 gives the inverse"
     scale = verb("scale", text, "ADAPTER 0.5 OUTPUT", _adapter_scale)
@@ -84,9 +97,16 @@ def _extract(args: argparse.Namespace) -> None:
         if args.verbose:
             print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
 
-    settings = keywords(args, "component", "variant")
+    settings = keywords(args, "side", "component", "variant")
+    if args.side is not None:
+        _check_form(args.side, args.output)
     adapter = oftsurgery.extract_checkpoint(args.base, args.merged, args.block_size, **settings, progress=step)
-    adapter.save(args.output, force=args.force)
+    if adapter.dialect == "peft-0.13":
+        _check_form("output", args.output)
+        adapter.save_for("lycoris", args.output, force=args.force)
+    else:
+        _check_form("input", args.output)
+        adapter.save(args.output, force=args.force)
     if wants_words(args, adapter):
         rows: list[Row] = []
         for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error):
@@ -97,6 +117,16 @@ def _extract(args: argparse.Namespace) -> None:
         head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
         print_table(head, rows)
         print(f"wrote {args.output}: {len(rows)} rotations explain {share(adapter.explained, '.1%')} of the difference")
+
+
+def _check_form(side: str, output: str) -> None:
+    """Refuse a folder for rotations of outputs, and a file's name for the folder of peft."""
+    if side == "output" and not output.endswith(".safetensors"):
+        message = "the rotations are of the outputs, for which peft has no form, and are written as a file of LyCORIS"
+        raise StateError(message, path=output, remedy="name a file: OUTPUT.safetensors")
+    if side != "output" and output.endswith(".safetensors"):
+        message = "the rotations are of the inputs, and are written as a folder of peft"
+        raise StateError(message, path=output, remedy="name a folder; or --side output, for rotations of outputs")
 
 
 def _adapter_show(args: argparse.Namespace) -> None:
@@ -115,17 +145,12 @@ def _adapter_show(args: argparse.Namespace) -> None:
         print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
         if facts["saved"]:
             print(f"tensors of the adapter's own: {', '.join(facts['saved'])}")
+        if facts["left_out"]:
+            print(f"embeddings that were left out: {', '.join(map(printable, facts['left_out']))}")
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    adapter = _loaded(args)[0]
-    if args.to == "peft":
-        _write_adapter(args, adapter)
-        return
-    adapter.save_for(args.to, args.output, force=args.force)
-    facts = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
-    if wants_words(args, facts):
-        print(f"wrote {args.output}: {len(adapter.modules)} modules, for {args.to}")
+    _write_adapter(args, _loaded(args)[0])
 
 
 def _adapter_scale(args: argparse.Namespace) -> None:
@@ -147,10 +172,26 @@ def _loaded(args: argparse.Namespace) -> list[oftsurgery.OFTAdapter]:
     """The adapters that a command was given."""
     from oftsurgery.api.arguments import loaded_adapters
 
-    return loaded_adapters(adapters_of(args))
+    if getattr(args, "base", None) is not None and args.to != "peft":
+        message = f"a base was given, but the form {args.to} needs none"
+        raise StateError(message, remedy="leave out --base, or choose peft's form: --to peft")
+    found = loaded_adapters(adapters_of(args))
+    if getattr(args, "base", None) is None:
+        if any(getattr(args, name, None) is not None for name in ("component", "variant")):
+            message = "a component or a variant was named, but no base"
+            raise StateError(message, remedy="name the base too: --base BASE")
+        return found
+    how = keywords(args, *(flag.removeprefix("--") for flag in PIPELINE_FLAGS))
+    return [oftsurgery.as_peft(adapter, args.base, **how) for adapter in found]
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:
+    if args.to != "peft":
+        adapter.save_for(args.to, args.output, force=args.force)
+        written: dict[str, object] = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
+        if wants_words(args, written):
+            print(f"wrote {args.output}: {len(adapter.modules)} modules, for {args.to}")
+        return
     residuals = adapter.save(args.output, force=args.force)
     facts = {"output": args.output, "residual": max(residuals.values()), "modules": dict(residuals)}
     if wants_words(args, facts):

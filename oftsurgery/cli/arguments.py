@@ -76,8 +76,8 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--trained-on": {
         "metavar": "|".join((*TRAINED_ON, "FILE")),
         "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
-        "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
-        "names)",
+        "before the fold; of the models of a pipeline, unet=nf4,text_encoder=plain (default: what the files of the trainer beside the adapter "
+        "say, or a quantised base that the adapter's config names)",
     },
     "--strength": {
         "type": float,
@@ -104,6 +104,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "type": float,
         "metavar": "C",
         "help": "LyCORIS' limit of the training, for files of LyCORIS 2.1.0 to 2.1.0.post2 (0: none)",
+    },
+    "--without-embeddings": {
+        "action": "store_true",
+        "default": None,
+        "help": "leave out the embeddings of textual inversion that an image tool's file bundles with the adapter (bundle_emb)",
     },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant) in the 4-bit format"),
     "--compute-dtype": {
@@ -202,7 +207,15 @@ _QUANTISING = (
     "--skip-modules",
     "--fold-into",
 )
-READING_FLAGS = ("--adapter-subfolder", "--adapter-file", "--dialect", "--bias", "--constraint", "--follow-links")
+READING_FLAGS = (
+    "--adapter-subfolder",
+    "--adapter-file",
+    "--dialect",
+    "--bias",
+    "--constraint",
+    "--without-embeddings",
+    "--follow-links",
+)
 PIPELINE_FLAGS = ("--component", "--variant")
 FOLDING_FLAGS = (
     *_QUANTISING,
@@ -333,10 +346,12 @@ def adapters_of(args: argparse.Namespace) -> list[Any]:
         "dialect": "dialect",
         "bias": "bias",
         "constraint": "constraint",
+        "without_embeddings": "without_embeddings",
     }
     how: dict[str, Any] = {name: getattr(args, flag, None) for name, flag in flags.items()}
     if all(value is None for value in how.values()):
         return given
+    how = {name: value for name, value in how.items() if value is not None}
     return [oftsurgery.load_adapter(adapter, **how) for adapter in given]
 
 

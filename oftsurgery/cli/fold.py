@@ -48,6 +48,7 @@ _NOT_OF_MANY = (
     "--dialect",
     "--bias",
     "--constraint",
+    "--without-embeddings",
 )
 
 

@@ -141,7 +141,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(
-            "the folder does not exist",
+            "the path is a file, not a folder" if folder.is_file() else "the folder does not exist",
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )

@@ -219,7 +219,8 @@ def place_of(
         return Place(str(given), path, "", "", None, refusal, remedy)
     match = _hub_id(given)
     if path.exists() or match is None:
-        message = "the path is a file, not a folder" if path.exists() else "the folder does not exist"
+        missing = f"the {'file' if path.suffix == '.safetensors' else 'folder'} does not exist"
+        message = "the path is a file, not a folder" if path.exists() else missing
         raise refusal(message, path=path, remedy=remedy)
     named = match["revision"]
     if None not in (named, revision) and named != revision:

@@ -129,7 +129,7 @@ def one_module(other: str, path: str) -> MatchError:
     return MatchError(
         f"two of the adapter's modules, {printable(other)!r} and {printable(path)!r}, are one module of the model",
         module=path,
-        remedy="train the adapter on one of the two names: the model shares the module between the two places",
+        remedy="train the adapter on one of the two names, or keep one of them in a copy of the adapter: they mean one module",
     )
 
 

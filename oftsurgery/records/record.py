@@ -158,6 +158,7 @@ class AdapterInfo(_Stored):
         strength: the strength at which the adapter was folded.
         strength_mode: how a strength other than 1 weakens the adapter, a key of :data:`oftsurgery.STRENGTH_MODES`.
         bias: for adapters of image tools, what the fold did to biases: ``"kept"`` or ``"rotated"``; else None.
+        left_out: the names of embeddings of textual inversion that the adapter's file bundles, and that the caller left out.
         extra: fields of a newer version.
     """
 
@@ -170,6 +171,7 @@ class AdapterInfo(_Stored):
     strength: float = 1.0
     strength_mode: str = "angle"
     bias: str | None = None
+    left_out: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @classmethod
@@ -185,6 +187,7 @@ class AdapterInfo(_Stored):
             strength=adapter.strength,
             strength_mode=adapter.strength_mode,
             bias=adapter.bias,
+            left_out=adapter.left_out,
         )
 
 

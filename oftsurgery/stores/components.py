@@ -11,6 +11,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import MatchError, OFTSurgeryError, printable
 
 from .folder import FolderStore
+from .single_file import ENCODER_NUMBER
 
 _CHOOSE = "name the component: component=… (--component)"
 
@@ -42,16 +43,16 @@ def _split(adapter: OFTAdapter, stores: Mapping[str, FolderStore]) -> dict[str, 
     if len(stores) == 1:
         return dict.fromkeys(stores, adapter)
     fits = {name: _fitting(adapter, store) for name, store in stores.items()}
-    wanted = {*adapter.modules, *adapter.saved}
+    wanted = {*adapter.modules, *adapter.saved, *adapter.sums}
+    homes = {path: _by_number(path, [name for name, own in fits.items() if path in own]) for path in sorted(wanted)}
     whole = [name for name, own in fits.items() if own == wanted]
-    if len(whole) == 1:
-        return {whole[0]: adapter}
-    if len(whole) > 1:
+    if len(whole) > 1 and any(len(there) > 1 for there in homes.values()):
         message = f"the adapter fits several models of the pipeline: {', '.join(map(printable, whole))}"
         raise MatchError(message, path=adapter.source, remedy=_CHOOSE)
+    if len(whole) == 1:
+        return {whole[0]: adapter}
     parts: dict[str, set[str]] = {}
-    for path in sorted(wanted):
-        there = [name for name, own in fits.items() if path in own]
+    for path, there in homes.items():
         if len(there) != 1:
             fault = (
                 f"fits several models of the pipeline: {', '.join(map(printable, there))}"
@@ -70,9 +71,21 @@ def _split(adapter: OFTAdapter, stores: Mapping[str, FolderStore]) -> dict[str, 
             adapter,
             modules={path: rotation for path, rotation in adapter.modules.items() if path in own},
             saved={path: values for path, values in adapter.saved.items() if path in own},
+            sums={path: values for path, values in adapter.sums.items() if path in own},
         )
         for name, own in parts.items()
     }
+
+
+def _by_number(path: str, there: list[str]) -> list[str]:
+    """The one of the text encoders ``there`` that a name with an encoder's prefix means: all tools number encoders that share the names
+    of their modules in one order.
+    """
+    number = ENCODER_NUMBER.match(path)
+    encoders = sorted(name for name in there if name.startswith("text_encoder"))
+    if number is None or len(there) < 2 or len(encoders) < len(there):
+        return there
+    return encoders[int(number[1] or 1) - 1 :][:1] or there
 
 
 def _fitting(adapter: OFTAdapter, store: FolderStore) -> set[str]:
@@ -83,10 +96,14 @@ def _fitting(adapter: OFTAdapter, store: FolderStore) -> set[str]:
     except OFTSurgeryError:
         return set()
     fitting = {name for name, at in own.items() if store.shape(at) == tuple(adapter.saved[name].shape)}
+    added = {name: name.rpartition(".")[0] for name in adapter.sums}
     try:
-        others = store.meanings(path for path in adapter.modules if f"{path}.weight" not in found)
+        others = store.meanings([*(p for p in adapter.modules if f"{p}.weight" not in found), *added.values()])
     except OFTSurgeryError:
         others = {}
+    for given, path in added.items():
+        if path in others and f"{others[path].modules[0]}.{given.rpartition('.')[2]}" in store.tensors:
+            fitting.add(given)
     for path, weight_map in adapter.modules.items():
         if path in others and others[path].whole is None:
             fitting.add(path)  # rows of a weight, or of several weights: the plan checks their sizes

@@ -6,6 +6,7 @@ path cannot be turned back by itself; the model's own paths, in both layouts, ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
@@ -21,10 +22,20 @@ DENOISER = (
 #: prefixes of a text encoder's modules; tools number the encoders of one model differently, so the number decides nothing
 ENCODER = (
     "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
-    "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.",
 )  # fmt: skip
+#: the prefix of an encoder by its own name, as ComfyUI's files have it
+_NAMED_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
 #: the prefix that LyCORIS' wrapper writes, whatever the model is
 ANY = ("lycoris_",)
+
+
+def is_of_encoder(name: str) -> bool:
+    """Whether a name in an adapter has the prefix of a text encoder.
+
+    >>> is_of_encoder("lora_te2_text_projection"), is_of_encoder("text_encoders.qwen.transformer.model.layers.0.mlp.up_proj")
+    (True, True)
+    """
+    return name.startswith(ENCODER) or _NAMED_ENCODER.match(name) is not None
 
 
 class ImageNames:
@@ -134,11 +145,13 @@ class ImageNames:
         return None
 
     def _without_prefix(self, path: str) -> list[str]:
-        return [path, *(path.removeprefix(prefix) for prefix in self.prefixes if path.startswith(prefix))]
+        found = [path, *(path.removeprefix(prefix) for prefix in self.prefixes if path.startswith(prefix))]
+        named = _NAMED_ENCODER.match(path) if self.encoder is not False else None
+        return found if named is None else [*found, path[named.end() :]]
 
     def _unknown_prefixes(self, paths: list[str]) -> list[str]:
         """Prefixes that no table has and that all paths share: a preset of LyCORIS may set any prefix."""
-        if not paths or any(path.startswith((*DENOISER, *ENCODER, *ANY)) for path in paths):
+        if not paths or any(path.startswith((*DENOISER, *ANY)) or is_of_encoder(path) for path in paths):
             return []
         first = paths[0]
         ends = {name for flat in self._flat for name in flat if first.endswith(f"_{name}")}

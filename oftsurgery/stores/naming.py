@@ -24,7 +24,7 @@ from . import image_models
 from .conversion import Unit, unit_of
 from .layouts import Layout, find_names, image_layouts, layouts_of
 from .modules import modules_of
-from .single_file import as_of_module, single_file_layouts
+from .single_file import as_of_module, is_transposed, single_file_layouts
 from .skeleton import skeleton
 from .ties import Ties, ties_of
 
@@ -40,7 +40,7 @@ class Architecture:
     Attributes:
         renamed: ``{name in the checkpoint: name in the model}``; both are the same if nothing is renamed.
         units: ``{name in the checkpoint: its unit}`` of the tensors that transformers converts while loading.
-        transposed: checkpoint names of ``Conv1D`` weights, which are held ``(in, out)``.
+        transposed: checkpoint names of weights that are held ``(in, out)``: of ``Conv1D``, and OpenCLIP's ``text_projection``.
         linears: model names of the weights that bitsandbytes loading quantises; None for an unknown class.
         quantised_with: function from a list ``llm_int8_skip_modules`` to such names; None for an unknown class.
         loaded: ``{checkpoint or model name: dtype}`` of plain tensors after transformers' loading; empty for an unknown
@@ -107,14 +107,16 @@ def architecture_of(
     model = skeleton(config, dtype, len(shapes))
     if model is None:
         ends = CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
-        renamed = {name: name if "model_type" in config else as_of_module(name) for name in shapes}
+        plain = "model_type" in config
+        renamed = {name: name if plain else as_of_module(name) for name in shapes}
+        turned = (name for name in shapes if (name.endswith(ends) if plain else is_transposed(name)))
         weights = [name.removesuffix(".weight") for name in renamed.values() if name.endswith(".weight")]
         return Architecture(
             renamed,
-            transposed=frozenset(n for n in shapes if n.endswith(ends)),
+            transposed=frozenset(turned),
             layouts=(
                 str,
-                *(image_layouts(weights, encoder=True) if "model_type" in config else single_file_layouts(weights)),
+                *(image_layouts(weights, encoder=True) if plain else single_file_layouts(weights)),
             ),
         )
     return names_of(model, shapes, dtype, skip)

@@ -1,6 +1,7 @@
 """Checkpoints of image models in a single file: which part of the file holds which model, and what an adapter's names mean there.
 
-The names in the file are the names of the model; only OpenCLIP's fused projections get names of modules. A part is known by the beginning of its names.
+The names in the file are the names of the model; only the projections of OpenCLIP that are no modules get names of modules. A part is
+known by the beginning of its names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 from oftsurgery.errors import MatchError, printable
 
-from .image_names import DENOISER, ENCODER, ImageNames
+from .image_names import DENOISER, ImageNames, is_of_encoder
 from .meaning import Meaning
 
 T = TypeVar("T")
@@ -25,20 +26,32 @@ _ENCODER = re.compile(
     r"|text_encoders\.\w+\.(transformer|model)\."
 )
 _VAE = re.compile(r"(first_stage_model|vae)\.")
-_NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
+#: the beginning of a name in an adapter, with the encoder's number
+ENCODER_NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
 
 
 #: the fused projections of OpenCLIP's encoders, which are parameters of an attention and no modules
 _FUSED = re.compile(r"(resblocks\.\d+\.attn\.in_proj)_(weight|bias)$")
+#: the projection of the text in OpenCLIP's encoders, ``(in, out)``: x · text_projection
+_PROJECTION = re.compile(rf"({_ENCODER.pattern})(?<=\.model\.)text_projection")
 
 
 def as_of_module(name: str) -> str:
-    """A tensor's name in the file, with the fused projections of OpenCLIP named as if a module held them.
+    """A tensor's name in the file, with the projections of OpenCLIP named as if a module held them.
 
     >>> as_of_module("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight")
     'cond_stage_model.model.transformer.resblocks.0.attn.in_proj.weight'
     """
-    return _FUSED.sub(r"\1.\2", name)
+    return f"{name}.weight" if is_transposed(name) else _FUSED.sub(r"\1.\2", name)
+
+
+def is_transposed(name: str) -> bool:
+    """Whether the tensor is OpenCLIP's projection of the text, which is held ``(in, out)``.
+
+    >>> is_transposed("conditioner.embedders.1.model.text_projection"), is_transposed("text_encoder.text_projection")
+    (True, False)
+    """
+    return _PROJECTION.fullmatch(name) is not None
 
 
 class SingleFileNames:
@@ -89,7 +102,7 @@ class SingleFileNames:
 
     def _parts_for(self, name: str) -> list[tuple[str, ImageNames]]:
         """``(beginning, names)`` of the parts to which a name in an adapter may belong."""
-        kinds = [True] if name.startswith(ENCODER) else [False] if name.startswith(DENOISER) else [True, False]
+        kinds = [True] if is_of_encoder(name) else [False] if name.startswith(DENOISER) else [True, False]
         return [(beginning, names) for beginning, encoder, names in self._parts if encoder in kinds]
 
 
@@ -101,7 +114,7 @@ def _chosen(name: str, there: Mapping[str, T]) -> T:
     """
     # all tools number the two CLIP encoders in the same order, the smaller one first
     order = sorted(there, key=lambda beginning: ("clip_g" in beginning, beginning))
-    number = _NUMBER.match(name)
+    number = ENCODER_NUMBER.match(name)
     if len(order) > 1 and number is not None:
         order = order[int(number[1] or 1) - 1 :][:1]
     if len(order) == 1:

@@ -2,7 +2,8 @@ r"""Extract the rotation that takes a base weight to a merged weight, and estima
 
 The functions are pure. Let ``W`` be the base's weight and ``W'`` the merged weight, both ``(out, in)`` and decoded
 exactly. Each block of columns is an orthogonal Procrustes problem: the ``R`` in SO(b) that minimises ``‖W' - W Rᵀ‖`` is
-the rotation nearest to ``W'ᵀ W`` (Schönemann 1966), and ``Q = (I - R)(I + R)⁻¹`` is its generator.
+the rotation nearest to ``W'ᵀ W`` (Schönemann 1966), and ``Q = (I - R)(I + R)⁻¹`` is its generator. For a rotation of the
+outputs, both weights are taken transposed; "rows" below are then the inputs.
 
 If ``W'`` was stored in a coarse format, this plain fit turns by too little: a weight that the rotation moved by less
 than half a step was rounded back. But the storing can be repeated. Let ``S(R)`` be the stored fold of the base by
@@ -17,17 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError, share
+from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError, StateError, share
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.rotations import Side
 
 from . import preserve
 from .fold import fold_encoded, relative_error
@@ -41,6 +45,10 @@ _NEAR = 1.005
 _CLEAR = 1.04
 # the largest block size that is tried; larger sizes must be given
 _LARGEST = 512
+# rotations of the inputs that explain less, or gain less, are compared with rotations of the outputs: blocks of more columns than there
+# are rows predict a part of what the outputs' rotations do
+_OTHER_SIDE, _SURE = 0.9, 4.0
+_FEATURES: Mapping[Side, str] = {"input": "input features", "output": "output features", "embedding": "features"}
 # residuals below this are float64's own rounding
 _FLOOR = 1e-12
 _STEPS = 8
@@ -97,6 +105,7 @@ def extract_rotation(
     block_size: int | None = None,
     *,
     embedding: bool = False,
+    side: Literal["input", "output"] | None = None,
 ) -> ExtractedRotation:
     """The rotation that takes one weight to another: the mirror of :func:`~oftsurgery.fold_weight`.
 
@@ -111,44 +120,110 @@ def extract_rotation(
         merged: of the same shape, in any format.
         block_size: of the rotation; None to detect it.
         embedding: the weights are ``(tokens, features)``, and the result rotates an embedding's features.
+        side: whether the inputs or the outputs are rotated (kohya, LyCORIS, peft ≤ 0.13); None: the inputs, or else the outputs where
+            rotations of these predict the difference and those of the inputs do not.
 
     Returns:
         an :class:`~oftsurgery.ExtractedRotation`: the rotation, and how well it explains the difference.
 
     Raises:
-        ShapeError: the shapes differ, or the block size does not divide the input features.
+        ShapeError: the shapes differ, or the block size does not divide the features of the side.
         ExtractionError: the weights do not tell the block size.
         NonFiniteError: NaN or infinity in a weight.
     """
     before, after = (w if isinstance(w, EncodedWeight) else codecs.dense(w) for w in (base, merged))
-    if block_size is None:
-        block_size = choose_block_size([block_size_curve(before, after)])
-    return extract_encoded(before, after, block_size, embedding=embedding)
+    if embedding and side is not None:
+        message = "an embedding's features are rotated, which have no side"
+        raise StateError(message, remedy="leave out side=…, or embedding=True")
+    chosen: Side = "embedding" if embedding else side or "input"
+    if block_size is not None:
+        found = extract_encoded(before, after, block_size, chosen)
+        if side is None and not embedding and found.explained < _OTHER_SIDE and after.format.shape[0] % block_size == 0:
+            other = extract_encoded(before, after, block_size, "output")
+            return max(found, other, key=lambda one: one.explained)
+        return found
+
+    def on(one: Side) -> tuple[int, float]:
+        curve = block_size_curve(before, after, one)
+        return choose_block_size([curve], one), curve[1]
+
+    size, chosen = on_better_side(on) if side is None and not embedding else (on(chosen)[0], chosen)
+    return extract_encoded(before, after, size, chosen)
+
+
+T = TypeVar("T")
+
+
+def on_better_side(on: Callable[[Side], tuple[T, float]]) -> tuple[T, Side]:
+    """``(what was found, side)``: of the inputs, or of the outputs where rotations of these predict the difference better.
+
+    Args:
+        on: function from a side to what is found there, and the residual without a rotation in units of the residual with the best
+            rotations; it raises an :class:`ExtractionError` where nothing is found.
+
+    Raises:
+        ExtractionError: nothing is found on either side.
+    """
+    try:
+        inputs, gain = on("input")
+    except ExtractionError:
+        with suppress(ExtractionError):
+            return on("output")[0], "output"
+        raise
+    if gain < _SURE:
+        with suppress(ExtractionError):
+            outputs, other = on("output")
+            if other > gain:
+                return outputs, "output"
+    return inputs, "input"
 
 
 def extract_encoded(
-    base: EncodedWeight, merged: EncodedWeight, block_size: int, *, embedding: bool = False
+    base: EncodedWeight, merged: EncodedWeight, block_size: int, side: Side = "input"
 ) -> ExtractedRotation:
-    """:func:`extract_rotation` with a known block size."""
+    """:func:`extract_rotation` with a known block size and side."""
     _check_shapes(base, merged)
-    features = base.format.shape[1]
+    features = base.format.shape[0 if side == "output" else 1]
     if block_size < 2 or features % block_size:
         raise ShapeError(
-            f"block size {block_size} does not divide the {features} {'' if embedding else 'input '}features",
+            f"block size {block_size} does not divide the {features} {_FEATURES[side]}",
             shape=base.format.shape,
             remedy="give a divisor of all rotated layers' features, or None to detect one for each width",
         )
     with rotations.full_precision("cpu"):
         base, w, m = _seen_by_the_adapter(
-            base.cpu(), merged.cpu(), lambda w, m: _residual2(w, m, _fit(w, m, block_size))
+            base.cpu(), merged.cpu(), side, lambda w, m: _residual2(w, m, _fit(w, m, block_size))
         )
-        store = partial(fold_encoded, base, into=merged.format, rounding=_rounding_of(base, merged.cpu()))
+        fold = partial(fold_encoded, base, into=merged.format, rounding=_rounding_of(base, merged.cpu()))
         coarse = merged.format.quantised or merged.format.dtype not in (torch.float32, torch.float64)
-        return _extract(store, w, m, block_size, _STEPS if coarse else 0, embedding=embedding)
+        return _extract(_Storing(fold, side), w, m, block_size, _STEPS if coarse else 0)
 
 
-#: function that folds rotations into the base and stores the result as the merged weight was stored
-_Storing = Callable[[Sequence[Rotation]], FoldedWeight]
+@dataclass(frozen=True)
+class _Storing:
+    """How the merged weight was stored.
+
+    Attributes:
+        fold: function that folds rotations into the base and stores the result as the merged weight was stored.
+        side: the side of the rotations.
+    """
+
+    fold: Callable[[Sequence[Rotation]], FoldedWeight]
+    side: Side
+
+    def rotation(self, q: Tensor) -> Rotation:
+        """The rotation with the generators ``q: (n, b, b)`` of the fit ``m = w Rᵀ``."""
+        # E' = E R, and W'ᵀ = Wᵀ R on the output side, so these rotations are the transposes
+        v = rotations.vector(q if self.side == "input" else -q)
+        return Rotation(v, side=self.side, shared=False, whole=self.side == "output")
+
+    def stored(self, q: Tensor) -> Tensor:
+        """The stored fold, decoded, with the features of the side in the columns."""
+        return _turned(codecs.decode(self.fold([self.rotation(q)]).encoded), self.side)
+
+
+def _turned(weight: Tensor, side: Side) -> Tensor:
+    return weight.t().contiguous() if side == "output" else weight
 
 
 def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
@@ -159,7 +234,7 @@ def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
     return "preserve" if float((own == new).to(torch.float32).mean()) > 0.5 else "nearest"
 
 
-def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedding: bool) -> ExtractedRotation:
+def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int) -> ExtractedRotation:
     """The rotation in blocks of ``b``, refined in at most ``most`` steps."""
     norm = _norm2(m)
     r, steps, _ = _refine(store, w, m, b, slice(None), slice(0), most)
@@ -172,13 +247,10 @@ def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedd
     size = float(q.norm())
     error = float((q_halves[0] - q_halves[1]).norm()) / spread / size if size else 0.0
     angle_error = float((parts[0] - parts[1]).norm()) / math.sqrt(r.shape[0] * b) / spread
-    # E' = E R but W' = W Rᵀ, so an embedding's rotation is the transpose
-    rotation = Rotation(
-        rotations.vector(-q if embedding else q), side="embedding" if embedding else "input", shared=False
-    )
+    rotation = store.rotation(q)
     change = _norm2(m - w) / norm
     residual = _residual2(w, m, rotations.cayley(q)) / norm
-    rounding = store([rotation]).error ** 2
+    rounding = store.fold([rotation]).error ** 2
     held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
     explained = 1 - (held_out - rounding) / (change - rounding) if change > rounding else 0.0
     if stored[0] is not None and stored[1] is not None:
@@ -204,15 +276,15 @@ def _check_shapes(base: EncodedWeight, merged: EncodedWeight) -> None:
 
 
 def _seen_by_the_adapter(
-    base: EncodedWeight, merged: EncodedWeight, distance: Callable[[Tensor, Tensor], float]
+    base: EncodedWeight, merged: EncodedWeight, side: Side, distance: Callable[[Tensor, Tensor], float]
 ) -> tuple[EncodedWeight, Tensor, Tensor]:
-    """``(base, W, W')`` with the base that the adapter saw. A QOFT adapter is trained on a quantised base: if the merged
-    weight is quantised and the base is plain, the base is quantised likewise, if that lies nearer by ``distance``.
+    """``(base, W, W')`` with the base that the adapter saw, and the side's features in the columns. A QOFT adapter is trained on a quantised base: if the
+    merged weight is quantised and the base is plain, the base is quantised likewise, if that lies nearer by ``distance``.
     """
-    w, m = codecs.decode(base), codecs.decode(merged)
+    w, m = (_turned(codecs.decode(one), side) for one in (base, merged))
     if merged.format.quantised and not base.format.quantised:
-        quantised = codecs.encode(w, merged.format)
-        w_quantised = codecs.decode(quantised)
+        quantised = codecs.encode(codecs.decode(base), merged.format)
+        w_quantised = _turned(codecs.decode(quantised), side)
         if distance(w_quantised, m) < distance(w, m):
             return quantised, w_quantised, m
     return base, w, m
@@ -264,8 +336,7 @@ def _refine(
         return r, 0, None
     best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
     for step in range(steps + 1):
-        rotation = Rotation(rotations.vector(_bounded_generator(r)[0]), shared=False)
-        difference = m - codecs.decode(store([rotation]).encoded)
+        difference = m - store.stored(_bounded_generator(r)[0])
         mismatch = _norm2(difference[rows])
         if mismatch < least:
             best, least, taken, held_out = r, mismatch, step, _norm2(difference[others])
@@ -311,19 +382,19 @@ def _bounded(r: Tensor) -> Tensor:
 # --- the block size ---------------------------------------------------------------------------------------------------
 
 
-def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, float]:
+def block_size_curve(base: EncodedWeight, merged: EncodedWeight, side: Side = "input") -> dict[int, float]:
     """How well rotations of each block size predict rows that they were not fitted to.
 
-    The function tries the divisors of the input features up to 512, from small to large, until none can be better.
+    The function tries the divisors of the side's features up to 512, from small to large, until none can be better.
 
     Returns:
         ``{block size: ‖W' - W Rᵀ‖ / ‖W'‖}`` over both halves of the rows, each with the ``R`` of the other half, in units
         of the least; block size 1 stands for no rotation.
     """
     _check_shapes(base, merged)
-    features = base.format.shape[1]
+    features = base.format.shape[0 if side == "output" else 1]
     with rotations.full_precision("cpu"):
-        _, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), lambda w, m: _norm2(m - w))
+        _, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), side, lambda w, m: _norm2(m - w))
         norm = _norm2(m)
         held_out = {1: max(math.sqrt(_norm2(m - w) / norm), _FLOOR)}
         for b in (d for d in range(2, min(features, _LARGEST) + 1) if features % d == 0):
@@ -338,7 +409,7 @@ def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, fl
     return {b: residual / least for b, residual in held_out.items()}
 
 
-def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
+def choose_block_size(curves: Sequence[Mapping[int, float]], side: Side = "input") -> int:
     """The smallest block size whose held-out residual is within 2 % of the least, over all of ``curves`` (from
     :func:`block_size_curve`, of weights of one width) together.
 
@@ -353,7 +424,7 @@ def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
     if chosen == 1 or pooled[1] <= _CLEAR * least or pooled[chosen] > _NEAR * least:
         gain = 1 - (least / pooled[1]) ** 2
         raise ExtractionError(
-            f"no block size can be told: rotations of the input features explain {share(gain, '.1%')} of the difference on rows that they "
+            f"no block size can be told: rotations of the {_FEATURES[side]} explain {share(gain, '.1%')} of the difference on rows that they "
             "were not fitted to, so the difference is not such a rotation (a LoRA or full fine-tune), or the rotation is too small "
             "against the rounding of the stored weights",
             remedy="give block_size=… for the best rotation of that size and its quality, or give less coarsely stored weights",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import AdapterError, DialectError, FormatError, MatchError, NonFiniteError, ShapeError, StateError
+from oftsurgery.cli.main import main
 
 DIALECTS = {
     "kohya-sd-scripts-flux": "kohya-flux",
@@ -166,7 +167,7 @@ REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], Mapping[str, A
         {},
         {},
         DialectError,
-        r"embeddings for a tokenizer.*a copy of the file",
+        r"bundle_emb: word.*without_embeddings=True.*--without-embeddings",
     ),
     "bare oft_R": (
         {"blocks.0.to_q.oft_R.weight": VECTORS},
@@ -438,3 +439,60 @@ def test_changes_of_normalisation_layers_are_added(write: Callable[..., Path], t
         oftsurgery.fold(model, oftsurgery.load_adapter(write(TURNED | {"lycoris_norm.w_norm": torch.ones(9)})))
     with pytest.raises(MatchError, match="match nothing in the model"):
         oftsurgery.fold(model, oftsurgery.load_adapter(write(TURNED | {"lycoris_other.w_norm": torch.ones(8)})))
+
+
+def test_bundled_embeddings_are_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As A1111's web UI, sd-scripts and OneTrainer bundle them: any dtype and number of tensors for each word."""
+    file, base = tmp_path / "style.safetensors", tmp_path / "base.safetensors"
+    rotations = {"lora_unet_proj.oft_blocks": torch.randn(2, 4, 4) * 0.1, "lora_unet_proj.alpha": torch.tensor(0.0)}
+    bundled = {
+        "bundle_emb.my style.string_to_param.*": torch.ones(2, 8),
+        "bundle_emb.second.clip_l": torch.ones(2, 8, dtype=torch.int32),
+        "bundle_emb.second.clip_g": torch.full((2, 8), torch.nan),
+    }
+    meta = {"ss_network_module": "lycoris.kohya"}
+    save_file(rotations | bundled, file, meta)
+    save_file(rotations, tmp_path / "alone.safetensors", meta)
+    save_file({"proj.weight": torch.randn(8, 8)}, base)
+    with pytest.raises(DialectError, match=r"bundle_emb: my style, second\).*without_embeddings=True"):
+        oftsurgery.load_adapter(file)
+    adapter, alone = oftsurgery.load_adapter(file, without_embeddings=True), tmp_path / "alone.safetensors"
+    assert adapter.left_out == ("my style", "second")
+    assert adapter.fingerprint == oftsurgery.load_adapter(alone).fingerprint
+    assert oftsurgery.load_adapter(alone, without_embeddings=True).left_out == ()
+    words = ["fold", base, file, tmp_path / "out.safetensors", "--trained-on", "plain"]
+    assert main(list(map(str, words))) == 2
+    assert main([*map(str, words), "--without-embeddings"]) == 0
+    record = json.loads((tmp_path / "out.safetensors.oftsurgery.json").read_text())
+    assert record["adapters"][0]["left_out"] == ["my style", "second"]
+    words = ["verify", tmp_path / "out.safetensors", base, file, "--without-embeddings"]
+    assert main(list(map(str, words))) == 0
+    capsys.readouterr()
+    assert main(["adapter", "show", str(file), "--without-embeddings"]) == 0
+    assert "embeddings that were left out: my style, second" in capsys.readouterr().out
+    with pytest.raises(AdapterError, match="are for the single files of image tools"):
+        oftsurgery.load_adapter(IMAGE / "peft-0.21.2" / "road_1", without_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight", "lora_unet_a.alpha"], "is a LoRA adapter, not an"),
+        (["transformer.a.lora_A.weight", "transformer.a.lora_B.weight"], "is a LoRA adapter, not an OFT adapter"),
+        (["lycoris_a.hada_w1_a", "lycoris_a.hada_w1_b"], "is a LoHa adapter"),
+        (["lycoris_a.lokr_w1", "lycoris_a.lokr_w2"], "is a LoKr adapter"),
+        (["lycoris_a.on_input", "lycoris_a.weight"], r"is a \(IA\)³ adapter"),
+        (["down_blocks.0.conv.weight"], "is no adapter: it holds tensors like.*BASE, ADAPTER and OUTPUT in this order"),
+    ],
+)  # fmt: skip
+def test_files_of_other_kinds(names: list[str], message: str, write: Callable[..., Path]) -> None:
+    file = write({name: torch.ones(2, 2) for name in names})
+    with pytest.raises(DialectError, match=message):
+        oftsurgery.load_adapter(file)
+    codes = [f.code for f in oftsurgery.doctor(file)]
+    assert codes == ([] if "no adapter" in message else ["dialect"])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="the file does not exist"):
+        oftsurgery.load_adapter(tmp_path / "style.safetensors")

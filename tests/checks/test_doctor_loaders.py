@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_goldens import GOLDENS, IMAGE, Golden, model_of
+from image_models import build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -190,3 +191,184 @@ def test_damaged_values_are_found(tmp_path: Path) -> None:
 def test_which_files_are_adapters() -> None:
     assert has_image_keys(["a.oft_R.weight"])
     assert not has_image_keys(["a.alpha", "a.w_norm", "a.weight"])
+
+
+FLUX = IMAGE / "layouts-flux"
+
+
+def flux(which: str) -> dict[str, Tensor]:
+    tensors = load_file(FLUX / "base.safetensors")
+    return {name.removeprefix(f"{which}."): t for name, t in tensors.items() if name.startswith(f"{which}.")}
+
+
+def halves(w: Tensor) -> Tensor:
+    return torch.cat(w.chunk(2)[::-1])
+
+
+def in_comfyui(w: Tensor, stored: Tensor, strength: float) -> Tensor:
+    """ComfyUI's own steps on the original layout's weight, for a module with swapped halves: the change of the rows as they are there,
+    with its halves swapped.
+    """
+    q = stored.double() - stored.double().transpose(-1, -2)
+    eye = torch.eye(q.shape[-1], dtype=torch.float64)
+    if q.ndim == 3:
+        r = (eye + q) @ torch.linalg.inv(eye - q)
+        turned = torch.einsum("knm,kn...->km...", (r - eye) * strength, w.unflatten(0, (len(q), -1))).flatten(0, 1)
+        return w + halves(strength * turned)
+    new, b = w, q.shape[-1]
+    for i, q_i in enumerate(q):
+        r = (eye + q_i) @ torch.linalg.inv(eye - q_i) * strength + (1 - strength) * eye
+        g = 2**i * b // 2
+        rows = new.unflatten(0, (-1, 2, g)).transpose(1, 2).flatten(0, 2)
+        rows = torch.einsum("bij,bj...->bi...", r, rows.unflatten(0, (-1, b))).flatten(0, 1)
+        new = rows.unflatten(0, (-1, g, 2)).transpose(1, 2).flatten(0, 2)
+    return w + halves(strength * (new - w))
+
+
+@pytest.mark.parametrize("which", ["original", "diffusers"])
+@pytest.mark.parametrize("variant", ["trained-on-diffusers_diag-oft_dim4", "trained-on-diffusers_boft_dim8"])
+def test_groups_and_swapped_halves(variant: str, which: str) -> None:
+    """ComfyUI loads the parts of a fused weight rightly, and the modulation with swapped halves wrongly."""
+    file, base = FLUX / variant / "adapter.safetensors", flux("original")
+    effective = load_file(FLUX / variant / "effective.safetensors")
+    right = {n.removeprefix("original."): t for n, t in effective.items() if n.startswith("original.")}
+    name = "final_layer.adaLN_modulation.1.weight"
+    stored = load_file(file)["lycoris_norm_out_linear.oft_blocks"]
+    found = {f.code: f for f in oftsurgery.doctor(file, base=model_of(flux(which)))}
+    of_change, of_weights = distances(
+        right | {name: in_comfyui(base[name].double(), stored, 1.0)}, right, {n: base[n] for n in right}
+    )
+    finding = found["other-in-comfyui"]
+    assert finding.evidence["of_the_change"] == pytest.approx(of_change, rel=1e-4)
+    assert finding.evidence["of_the_weights"] == pytest.approx(of_weights, rel=1e-4)
+    assert finding.evidence["off_by_swapped_halves"] == finding.evidence["of_the_change"]
+    assert finding.evidence["worst_module"] == "lycoris_norm_out_linear"
+    assert "halves (shift and scale)" in finding.message
+    alone = {f.code: f for f in oftsurgery.doctor(file)}["other-in-comfyui"]
+    assert alone.evidence["of_the_change"] == pytest.approx(of_change, rel=0.06)
+    # an adapter on the original names, and other loaders, have no such halves
+    original = FLUX / "trained-on-original_diag-oft_dim4" / "adapter.safetensors"
+    for path, code in ((original, "other-in-comfyui"), (file, "other-in-webui")):
+        assert code not in {f.code for f in oftsurgery.doctor(path, base=model_of(flux(which)))}
+
+
+def test_swapped_halves_beside_other_mistakes(tmp_path: Path) -> None:
+    """A limit, a scale and swapped halves in one module: the share of each, and at half strength."""
+    torch.manual_seed(1)
+    name, base = "final_layer.adaLN_modulation.1.weight", flux("original")
+    rows, hidden = base[name].shape
+    blocks, scale = torch.randn(rows // 8, 8, 8), 1 + 0.2 * torch.randn(rows, 1)
+    norm = (blocks.double() - blocks.double().mT).norm()
+    own = {"oft_blocks": blocks, "alpha": torch.tensor(float(norm) / rows / 2), "rescale": scale}
+    file = tmp_path / "three.safetensors"
+    other = {"lycoris_single_transformer_blocks_0_attn_to_q.oft_blocks": torch.zeros(hidden // 8, 8, 8)}
+    other |= {"lycoris_single_transformer_blocks_0_attn_to_q.alpha": torch.tensor(0.0)}
+    save_file({f"lycoris_norm_out_linear.{end}": t for end, t in own.items()} | other, file)
+    found = {f.code: f for f in oftsurgery.doctor(file, base=model_of(base))}
+    w, g = base[name].double(), halves(scale.double())
+    eye = torch.eye(8, dtype=torch.float64)
+
+    def turned(limit: float) -> Tensor:
+        q = (blocks.double() - blocks.double().mT) * limit / norm
+        r = torch.linalg.solve(eye + q, eye - q, left=False)
+        return halves(torch.einsum("kij,kj...->ki...", r, halves(w).unflatten(0, (-1, 8))).flatten(0, 1))
+
+    alpha = float(own["alpha"])
+    right = g * turned(alpha * rows)
+    wrong_halves = w + halves(scale.double() * halves(turned_there(w, blocks, alpha * rows)) - w)
+    expected = {
+        "of_the_change": in_comfyui(w, blocks * (alpha / norm), 1.0) - right,
+        "off_by_limit": g * turned(alpha) - right,
+        "off_by_rescale": turned(alpha * rows) - right,
+        "off_by_swapped_halves": wrong_halves - right,
+    }
+    for number, off in expected.items():
+        got = found["other-in-comfyui"].evidence[number]
+        assert got == pytest.approx(float(off.norm() / (right - w).norm()), rel=1e-4), number
+
+
+def turned_there(w: Tensor, blocks: Tensor, limit: float) -> Tensor:
+    """The rows as they are, rotated, with swapped halves."""
+    q = blocks.double() - blocks.double().mT
+    q, eye = q * limit / q.norm(), torch.eye(8, dtype=torch.float64)
+    r = torch.linalg.solve(eye + q, eye - q, left=False)
+    return halves(torch.einsum("kij,kj...->ki...", r, w.unflatten(0, (-1, 8))).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names", "dropped"),
+    [
+        ("lora_unet_", ["single_transformer_blocks_0_attn_to_q", "transformer_blocks_0_attn_to_q", "norm_out_linear"], True),
+        ("lora_unet_", ["transformer_blocks_0_norm1_context_linear", "transformer_blocks_0_attn_to_q"], True),
+        ("lycoris_", ["double_blocks_0_img_attn_qkv", "final_layer_linear"], True),
+        ("lycoris_", ["input_blocks_4_1_proj_in", "middle_block_1_proj_in"], True),
+        ("lycoris_", ["single_transformer_blocks_0_attn_to_q", "proj_out"], False),
+        ("lora_unet_", ["double_blocks_0_img_attn_qkv", "final_layer_linear"], False),
+        ("lora_unet_", ["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"], False),
+        ("lora_unet_", ["transformer_blocks_0_attn_add_q_proj", "transformer_blocks_0_img_mod_1"], False),  # Qwen-Image
+    ],
+)  # fmt: skip
+def test_names_that_comfyui_does_not_load(prefix: str, names: list[str], dropped: bool, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"{prefix}{name}.oft_blocks": torch.randn(4, 4, 4, generator=draw) for name in names}
+    tensors |= {f"{prefix}{name}.alpha": torch.tensor(0.0) for name in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = {f.code: f for f in oftsurgery.doctor(tmp_path / "a.safetensors")}
+    assert ("other-in-comfyui" in found) is dropped
+    if dropped:
+        assert found["other-in-comfyui"].evidence["not_loaded"] == len(names)
+        oftsurgery.load_adapter(tmp_path / "a.safetensors").save_for("comfyui", tmp_path / "b.safetensors")
+        assert "other-in-comfyui" not in {f.code for f in oftsurgery.doctor(tmp_path / "b.safetensors")}
+
+
+def test_numbers_from_some_columns_are_called_an_estimate(tmp_path: Path) -> None:
+    for n, estimated in ((16, False), (64, True)):
+        blocks = 0.3 * torch.randn(2, n, 4, 4, generator=torch.Generator().manual_seed(0))
+        tensors = {"lycoris_a.oft_blocks": blocks, "lycoris_a.alpha": torch.tensor(0.001)}
+        save_file(tensors, tmp_path / "a.safetensors")
+        (first, *_) = oftsurgery.doctor(tmp_path / "a.safetensors")
+        assert ("an estimate from 128 columns" in str(first.evidence["measured_on"])) is estimated
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("FluxTransformer2DModel", {"norm_out.linear": "final_layer_adaLN_modulation_1"}),
+        (
+            "SD3Transformer2DModel",
+            {
+                "norm_out.linear": "final_layer_adaLN_modulation_1",
+                "transformer_blocks.1.norm1_context.linear": "joint_blocks_1_context_block_adaLN_modulation_1",
+            },
+        ),
+        ("QwenImageTransformer2DModel", {}),
+        ("UNet2DConditionModel", {}),
+    ],
+)
+def test_the_swapped_modules_of_diffusers_classes(name: str, swapped: dict[str, str], tmp_path: Path) -> None:
+    """With the base and by the adapter's names alone; and the file for ComfyUI has no finding left."""
+    model, draw = build(name), torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.shape[0] % 16 == 0:
+            key = f"lycoris_{path.replace('.', '_')}"
+            tensors[f"{key}.oft_blocks"] = torch.randn(module.weight.shape[0] // 8, 8, 8, generator=draw) * 0.1
+            tensors[f"{key}.alpha"] = torch.tensor(0.0)
+    file, new = tmp_path / "style.safetensors", tmp_path / "comfyui.safetensors"
+    save_file(tensors, file)
+    adapter = oftsurgery.load_adapter(file)
+    for base in (model, None):
+        found = {f.code: f for f in oftsurgery.doctor(adapter, base=base)}
+        assert ("other-in-comfyui" in found) is bool(swapped)
+        if swapped:
+            assert f"in {len(swapped)} modules: the modulation's halves" in found["other-in-comfyui"].message
+    adapter.save_for("comfyui", new)
+    written = oftsurgery.load_adapter(new)
+    assert (
+        set(adapter.modules) - set(written.modules) == {f"lycoris_{p.replace('.', '_')}" for p in swapped}
+        or not swapped
+    )
+    assert {f"lora_unet_{p}" for p in swapped.values()} <= written.modules.keys()
+    assert "other-in-comfyui" not in {f.code for f in oftsurgery.doctor(written, base=model)}
+    one, other = (oftsurgery.fold(model, a).state_dict() for a in (adapter, written))
+    assert all(torch.allclose(t, other[n], atol=1e-6) for n, t in one.items())

@@ -177,6 +177,61 @@ def test_one_undo_record_for_several_models(storage: str, place: Path, tmp_path:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(("quantised", "kind"), [("unet", "nf4"), ("text_encoder", "int8")])
+def test_plain_and_quantised_models_in_one_fold(quantised: str, kind: str, place: Path, tmp_path: Path) -> None:
+    """Each model as it is stored; the arguments that are about plain models; and what is said of each model."""
+    base, out, undo = tmp_path / "base", tmp_path / "out", tmp_path / "fold.undo"
+    shutil.copytree(place / "base", base)
+    shutil.rmtree(base / quantised)
+    if quantised == "unet":
+        load(place / "base" / "unet", "UNet2DConditionModel", kind).save_pretrained(base / "unet")
+    else:
+        with quiet_transformers():
+            encoder = transformers.CLIPTextModel.from_pretrained(
+                place / "base" / "text_encoder", quantization_config=bnb_config(kind)
+            )
+        quietly(encoder.save_pretrained, base / "text_encoder")
+    adapters = {"unet": place / "unet", "text_encoder": place / "text"}
+    each = ",".join(f"{name}={kind if name == quantised else 'plain'}" for name in adapters)
+    given = [base, list(adapters.values())]
+    for said in ({}, {"trained_on": "plain"}, {"trained_on": "fp4", "format": "fp4"}):
+        with pytest.raises(oftsurgery.StateError, match=rf"of each model of the pipeline.*--trained-on {each}\)"):
+            oftsurgery.fold_checkpoint(*given, out, **said)
+    for wrong, message in (("vae=plain", "names 'vae'.*unet, text_encoder"), ("unet=nf5", "'nf5' is neither")):
+        with pytest.raises(oftsurgery.StateError, match=message):
+            oftsurgery.fold_checkpoint(*given, out, trained_on=wrong)
+    assert not out.exists()
+
+    def alone(name: str, **how: Any) -> dict[str, Any]:
+        to = tmp_path / f"{name}-{len(how)}"
+        how |= {"trained_on": "plain"} if name != quantised and "format" not in how else {}
+        quietly(oftsurgery.fold_checkpoint, base / name, adapters[name], to, **how)
+        return contents_of(to)
+
+    weights = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    record = quietly(oftsurgery.fold_checkpoint, *given, out, trained_on=each, undo=undo)
+    assert {path.partition(".")[0] for path in record.modules} == adapters.keys()
+    for name, file in weights.items():
+        assert contents_of(out / name)[file] == alone(name)[file]
+        config = json.loads((out / name / "config.json").read_text())
+        assert ("quantization_config" in config) is (name == quantised)
+    report = quietly(oftsurgery.verify_checkpoint, out, *given)
+    assert report.ok, report.wrong
+    assert oftsurgery.doctor(out) == []
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "back", undo=undo)
+    assert contents_of(tmp_path / "back") == contents_of(base)
+    quietly(oftsurgery.unfold_checkpoint, out, tmp_path / "from-base", base=base)
+    assert contents_of(tmp_path / "from-base") == contents_of(base)
+    # the plain model is quantised as its own loading would, and the other keeps its format
+    settings = {"quantize": kind, "format": kind, "skip_modules": ["fc1", "to_out.0"]}
+    quietly(oftsurgery.fold_checkpoint, *given, tmp_path / "both", **settings)
+    for name, file in weights.items():
+        own = settings if name != quantised else {"format": kind}
+        assert contents_of(tmp_path / "both" / name)[file] == alone(name, **own)[file]
+    report = quietly(oftsurgery.verify_checkpoint, tmp_path / "both", *given)
+    assert report.ok, report.wrong
+
+
 def test_a_killed_fold_of_several_models_resumes_with_its_undo_record(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +336,43 @@ def test_adapters_that_fit_several_models_need_a_choice(place: Path, tmp_path: P
         partial=True,
     )
     assert all(path.startswith("text_encoder_2.") for path in record.modules)
+
+
+@pytest.mark.parametrize(
+    "prefixes", [("lora_te1_", "lora_te2_"), ("lora_te_", "lora_te2_"), ("text_encoder.", "text_encoder_2.")]
+)
+def test_the_number_tells_two_encoders_of_one_shape(prefixes: tuple[str, str], place: Path, tmp_path: Path) -> None:
+    """And each model takes what LyCORIS adds to its own normalisation layers."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    quietly(text_encoder(2).save_pretrained, base / "text_encoder_2")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix in prefixes:
+        dotted = f"{prefix}text_model.encoder.layers.1."
+        layer = dotted if prefix.endswith(".") else dotted.replace(".", "_")
+        mid = "self_attn.q_proj" if prefix.endswith(".") else "self_attn_q_proj"
+        tensors[f"{layer}{mid}.oft_blocks"] = torch.randn(8, 8, 8, generator=seeded(prefix)) * 0.1
+        tensors[f"{layer}{mid}.alpha"] = torch.tensor(0.0)
+        tensors[f"{layer}layer_norm1.w_norm"] = torch.randn(64, generator=seeded(f"{prefix}n"))
+    unet = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors |= {f"{unet}.oft_blocks": torch.randn(16, 8, 8) * 0.1, f"{unet}.alpha": torch.tensor(0.0)}
+    style, out = tmp_path / "style.safetensors", tmp_path / "out"
+    save_file(tensors, style, {"ss_network_module": "lycoris.kohya"})
+    quietly(oftsurgery.fold_checkpoint, base, style, out, trained_on="plain")
+    report = quietly(oftsurgery.verify_checkpoint, out, base, style)
+    assert report.ok, report.wrong
+    for name, prefix in zip(("text_encoder", "text_encoder_2"), prefixes, strict=True):
+        own = {k: t for k, t in tensors.items() if k.startswith(prefix)}
+        save_file(own, tmp_path / "own.safetensors", {"ss_network_module": "lycoris.kohya"})
+        expected = quietly(oftsurgery.fold, text_encoder(2), tmp_path / "own.safetensors").state_dict()
+        got = load_file(out / name / "model.safetensors")
+        assert all(
+            torch.equal(t, expected[n.removeprefix("text_model.") if n not in expected else n]) for n, t in got.items()
+        )
+    changed = json.loads((out / "unet" / "oftsurgery.json").read_text())["modules"]
+    assert len(changed) == 1
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

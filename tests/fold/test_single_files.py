@@ -232,13 +232,51 @@ def test_two_encoders_in_two_layouts(tmp_path: Path) -> None:
     q, eye = b - b.mT, torch.eye(8, dtype=torch.float64)
     turned = torch.linalg.solve(eye + q, eye - q, left=False) @ before[:64].double().reshape(8, 8, 1)
     assert relative(bias[:64], turned.reshape(64)) < 1e-6
-    projection = {
-        "lora_te2_text_projection.oft_blocks": torch.zeros(8, 8, 8),
-        "lora_te2_text_projection.alpha": torch.tensor(0.0),
-    }
-    save_file(style_for((2,), 64, **projection), style, {"ss_network_module": "lycoris.kohya"})
-    with pytest.raises(oftsurgery.MatchError, match="lora_te2_text_projection"):
-        oftsurgery.fold_checkpoint(source, style, tmp_path / "x.safetensors", trained_on="plain")
+
+
+@pytest.mark.parametrize("kind", ["diag-oft", "boft", "onetrainer"])
+def test_the_projection_of_the_text_is_held_transposed(kind: str, tmp_path: Path) -> None:
+    """As the same adapter on the encoder that diffusers loads from the file, whose ``text_projection`` is a module."""
+    tensors, model = sdxl_like()
+    source, out, undo = tmp_path / "sdxl.safetensors", tmp_path / "out.safetensors", tmp_path / "fold.undo"
+    save_file(tensors, source, METADATA)
+    style, name = tmp_path / "style.safetensors", f"{OPEN_CLIP}text_projection"
+    draw = torch.Generator().manual_seed(4)
+    if kind == "onetrainer":
+        given = {"lora_te2_text_projection.oft_R.weight": torch.randn(8, 28, generator=draw) * 0.1}
+        save_file(
+            given | {"lora_te2_text_model_encoder_layers_1_self_attn_out_proj.oft_R.weight": torch.zeros(8, 28)}, style
+        )
+    else:
+        shape = (4, 8, 8, 8) if kind == "boft" else (8, 8, 8)
+        given = {"lora_te2_text_projection.oft_blocks": torch.randn(shape, generator=draw) * 0.1}
+        given |= {"lora_te2_text_projection.alpha": torch.tensor(0.0)}
+        save_file(style_for((2,), 64, **given), style, {"ss_network_module": "lycoris.kohya"})
+    record = quietly(oftsurgery.fold_checkpoint, source, style, out, trained_on="plain", undo=undo)
+    assert name in record.modules
+    after = load_file(out)
+    assert list(after) == list(load_file(source))
+    assert not torch.equal(after[name], tensors[name])
+    quietly(model.load_state_dict, loaded_by_diffusers(tensors, model), strict=False)
+    expected = quietly(oftsurgery.fold, model, style).state_dict()
+    got = loaded_by_diffusers(after, model)["text_projection.weight"]
+    assert relative(got, expected["text_projection.weight"]) < 1e-7  # the order of sums follows the order in the file
+    report = quietly(oftsurgery.verify_checkpoint, out, source, style)
+    assert report.ok, report.wrong
+    assert oftsurgery.doctor(out) == []
+    assert "other-in-comfyui" in {f.code for f in oftsurgery.doctor(style, base=source)} or kind != "onetrainer"
+    for way, given_back in (("base", source), ("undo", undo)):
+        quietly(oftsurgery.unfold_checkpoint, out, back := tmp_path / f"{way}.safetensors", **{way: given_back})
+        assert back.read_bytes() == source.read_bytes()
+    quietly(oftsurgery.unfold_checkpoint, out, back := tmp_path / "adapter.safetensors", adapter=style)
+    assert relative(load_file(back)[name], tensors[name]) < 1e-6
+    if kind == "onetrainer":
+        found = quietly(oftsurgery.extract_checkpoint, source, out, 8)
+        assert found.report[name].explained > 0.99  # the series is no exact rotation
+    # a changed value, and a transposed tensor, are seen
+    for wrong in (after[name].mT.contiguous(), after[name] * 1.01):
+        save_file(after | {name: wrong}, out, METADATA)
+        assert not quietly(oftsurgery.verify_checkpoint, out, source, style).ok
 
 
 def nf4_of(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -178,6 +178,12 @@ MEANINGS: dict[str, tuple[list[str], bool, str, Meaning]] = {
     ),
     "any prefix of a preset": (DIFFUSERS, False, "mine_transformer_blocks_0_attn_to_q", Meaning((SPLIT[0],))),
     "a text encoder": (TEXT, True, "lora_te1_text_model_encoder_layers_0_mlp_fc1", Meaning((TEXT[1],))),
+    "a text encoder by its own name": (
+        TEXT,
+        True,
+        "text_encoders.gemma.transformer.text_model.encoder.layers.0.mlp.fc1",
+        Meaning((TEXT[1],)),
+    ),
     "a text encoder's dots": (TEXT, True, "text_encoder_2.text_model.encoder.layers.0.mlp.fc1", Meaning((TEXT[1],))),
 }
 
