@@ -1065,13 +1065,13 @@ def test_records_without_what_is_kept_are_read() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
-@pytest.mark.parametrize("amplitude", [3e-7, 1e-5])
-def test_a_very_small_change_of_a_large_weight_is_kept(amplitude: float, backend: str) -> None:
-    """Few weights leave their levels, and a sample of half a million weights would have some dozens of them."""
-    f = WeightFormat("nf4", (1024, 1024), torch.float32, blocksize=64)
-    encoded = codecs.encode(weight_of(f), f)
-    rotation, matrix = turned(1024, 32, amplitude)
-    with use_backend(backend):
-        got = preserved(encoded, rotation)
-    base = read(encoded).values
-    assert kept_in(read(got.encoded).values, base, base @ matrix.T) == pytest.approx(1, abs=0.15)
+def test_a_very_small_change_of_a_large_weight_is_kept(backend: str) -> None:
+    """Few weights leave their levels: a sample of half a million weights would have some hundred, with which 67 to 161 % were kept."""
+    f = WeightFormat("nf4", (2048, 1024), torch.float32, blocksize=64)
+    for seed in range(4):
+        encoded = codecs.encode(weight_of(f, seed=seed), f)
+        rotation, matrix = turned(1024, 32, 3e-6, seed=seed)
+        with use_backend(backend):
+            got = preserved(encoded, rotation)
+        base = read(encoded).values
+        assert kept_in(read(got.encoded).values, base, base @ matrix.T) == pytest.approx(1, abs=0.05)
