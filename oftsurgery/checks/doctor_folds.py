@@ -255,6 +255,8 @@ def _judge_weight(
     # the cost of storing, with room for a base that was itself quantised on the way
     limit = 2 * rounding + 1e-3
     off, nearest = far.get("right_fold", math.inf), min(far, key=lambda k: far[k], default="none")
+    if "right_fold" in far and far[nearest] > _BETTER * off:  # chance alone may have brought the weight nearer to another candidate
+        nearest = "right_fold"
     if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
         return None, part
     whole = kept is not None and abs(kept - 1) <= WHOLE
