@@ -22,6 +22,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores import configs
+from oftsurgery.stores.dequantised import config_as_stored
 from oftsurgery.stores.folder import (
     FolderStore,
     Quantization,
@@ -34,7 +35,7 @@ from oftsurgery.stores.quantised_loading import loadable_config
 
 from . import engine
 from .beside import rows_of
-from .disk_jobs import Job, JobBuilder, Part
+from .disk_jobs import Job, JobBuilder, Part, not_written
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .target import QUANTISED, Format, Target, check_format
@@ -92,7 +93,8 @@ class CheckpointPlan:
     @property
     def converts(self) -> bool:
         """Whether a tensor is written in another format than the base has after loading."""
-        return self.source.stored_as is not None or any(part.converts for part in self.parts)
+        dequantised = self.source.stored_as is not None and self.format != "same"
+        return dequantised or any(part.converts for part in self.parts)
 
     @property
     def rotates(self) -> str:
@@ -204,7 +206,7 @@ def plan_checkpoint(
     store = FolderStore(source, quantization)
     _check_formats(store, format, fold_into)
     target = _target(store, format, double_quant)
-    if undo is not None and (target.dense is not None or fold_into != "quantized"):
+    if undo is not None and (target.dense is not None or (fold_into != "quantized" and source.stored_as is None)):
         raise engine.no_undo(format)
     head = new_head(store, adapters)
     if head is not None:
@@ -217,6 +219,8 @@ def plan_checkpoint(
     written = None if kept else _written_quantization(store, target, compute_dtype)
     vocabulary = changes.vocabulary
     config = store.config if vocabulary is None else vocabulary.in_config(store.config)
+    if target.format == "same":
+        config = config_as_stored(source, config)
     config = configs.output_config(config, target.format, written, untied=changes.clears_flag)
     carried = carried_of(source)
     if not source.single:
@@ -293,14 +297,8 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
         )
-    if store.source.stored_as is not None and format in ("same", "bnb"):
-        raise StateError(
-            f"the base is stored as {store.source.stored_as}, which oftsurgery reads and does not write",
-            format=format,
-            path=store.source.folder,
-            remedy="choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for "
-            "4 or 8 bits",
-        )
+    if store.source.stored_as is not None and format == "bnb":
+        raise not_written(format, None, store.source)
     if format == "bnb" and method is None and store.quantization is None:
         raise StateError(
             "the format bnb writes the format that the adapter was trained on, but the base is plain, and nothing says that the adapter was "

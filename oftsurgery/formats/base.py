@@ -137,6 +137,10 @@ class Format:
         """Scales ``(k,)`` with which blocks ``(k, block)`` have a small rounding error."""
         return blocks.abs().amax(-1)
 
+    def hashed(self, encoded: EncodedWeight) -> Mapping[str, Tensor]:
+        """The tensors whose hash is that of the weight in records."""
+        return encoded.tensors
+
     # --- in a checkpoint ---
 
     def tensor_names(self, weight: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.packages.package_format import PackageFormat
 
 from . import preserve
 from .undo_rotations import Stage, apply_stage, power_of_two
@@ -33,6 +34,9 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
     the prediction is the same before and after.
     """
     f, kind = after.format, after.format.kind
+    if isinstance(f, PackageFormat):
+        flat = kind.decode(after).reshape(-1)
+        return lambda first, end: flat[first:end].to(torch.float64)
     codes = kind.codes(after).contiguous().reshape(-1)
     if not f.quantised:
         return lambda first, end: codes[first:end].to(torch.float64)
@@ -100,6 +104,8 @@ def code_tensors(
     true: Mapping[str, Tensor] | None,
 ) -> dict[str, bytes]:
     """The bytes of all tensors except ``tables``, predicted; when writing, the function completes ``facts``."""
+    if isinstance(f, PackageFormat):
+        return _code_package(io, f, rotated_back(after, stages, 0), true)
     if not f.quantised:
         weight = None if true is None else true["weight"]
         return {"weight": code_floats(io, f.dtype, rotated_back(after, stages, 0), weight)}
@@ -149,6 +155,46 @@ def code_tensors(
         codes[here] = order[found]
     stored = kind.repack_codes(torch.from_numpy(codes).view(ranked.dtype), facts)
     return {"weight": bytes_of(stored), kind.scales_name: scales.tobytes(), **out}
+
+
+def _code_package(
+    io: Streams, f: PackageFormat, predicted: Iterator[tuple[int, Tensor]], true: Mapping[str, Tensor] | None
+) -> dict[str, bytes]:
+    """The bytes of the tensors of a weight in another package's layout: the codes by their differences from those that the original
+    scales and zeros give to the prediction.
+    """
+    found: dict[str, bytes] = {}
+    for name, (dtype, shape) in f.entries.items():
+        if name != "weight":
+            found[name] = io.raw(None if true is None else bytes_of(true[name]), dtype.itemsize * math.prod(shape))
+    beside = {
+        name: torch.frombuffer(bytearray(raw), dtype=f.entries[name][0]).reshape(f.entries[name][1])
+        for name, raw in found.items()
+    }
+    values = torch.cat([x for _, x in predicted]).to(torch.float32).reshape(f.shape)
+    near = np.frombuffer(bytes_of(f.kind.nearest_codes(values, beside)), np.uint8)
+    own = None if true is None else np.frombuffer(bytes_of(true["weight"]), np.uint8)
+    bits = f.kind.bits if 8 % f.kind.bits == 0 else 0
+    if not bits:  # codes straddle bytes
+        found["weight"] = (near ^ np.frombuffer(io.raw(None if own is None else (own ^ near).tobytes(), near.size), np.uint8)).tobytes()
+        return found
+    whole = np.zeros_like(near)
+    for shift in range(0, 8, bits):
+        centre = _wrapped(near >> shift, bits)
+        wanted = None if own is None else _wrapped((own >> shift) - (near >> shift), bits)
+        folded = None if wanted is None else np.where(wanted < 0, -2 * wanted - 1, 2 * wanted)
+        read = io.symbols(folded, near.size)
+        difference = np.where(read & 1, -((read + 1) >> 1), read >> 1)
+        whole |= (((centre + difference) & ((1 << bits) - 1)) << shift).astype(np.uint8)
+    found["weight"] = whole.tobytes()
+    return found
+
+
+def _wrapped(codes: Array, bits: int) -> Array:
+    """Integers of ``bits`` bits, in the lowest bits of ``codes``, with a sign."""
+    half = 1 << (bits - 1)
+    found: Array = ((codes.astype(np.int32) + half) & ((1 << bits) - 1)) - half
+    return found
 
 
 def _code_ranks(io: Streams, true: Array | None, near: Tensor, up: Tensor, margin: Tensor) -> Array:

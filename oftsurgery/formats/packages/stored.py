@@ -1,5 +1,5 @@
-"""A :class:`Stored` weight is a weight as another package than bitsandbytes stores it: its tensors, and how that package
-dequantises the weight. Such weights are read, and never written.
+"""A :class:`Stored` weight is a weight as another package than bitsandbytes stores it: its tensors, how that package dequantises the
+weight, and where the package's quantiser needs nothing but the weight's values, how it quantises them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
+class Quantiser:
+    """How a package stores values anew, each code rounded to nearest.
+
+    Attributes:
+        encode: function from the values, ``(out, in)`` float32, to all tensors by their local names: the codes are ``weight``, the
+            others are the scales and zeros that the package chooses for the values.
+        codes: function from the values and the other tensors of a weight to the nearest codes ``weight``.
+        bits: bits of a code in ``weight``.
+    """
+
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    codes: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
 class Stored:
     """One weight as another package stores it.
 
@@ -52,6 +68,7 @@ class Stored:
         dtype: dtype of the dequantised values.
         label: the format, for people.
         decode: function from ``{local name: tensor}`` to the dequantised tensor.
+        quantiser: the package's own quantiser; None where it needs more than the values, or does not write this layout.
     """
 
     tensors: Mapping[str, str]
@@ -59,6 +76,7 @@ class Stored:
     dtype: torch.dtype
     label: str
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    quantiser: Quantiser | None = None
 
 
 SAVE_AGAIN = "save the checkpoint again with the package that quantised the weights"
@@ -139,6 +157,31 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
             code = code | words[..., at + 1] << (32 - shift)
         codes[..., i] = (code & ((1 << bits) - 1)).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :count]
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """The mirror of :func:`unpacked`.
+
+    >>> [hex(word) for word in packed(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0, 3, 4]]), 4)[0]]
+    ['0x21', '0x43']
+
+    Args:
+        codes: ``(rows, count)``, each less than ``2**bits``.
+
+    Returns:
+        ``(rows, ⌈count·bits/32⌉)`` int32.
+    """
+    rows, count = codes.shape
+    period = 32 // math.gcd(bits, 32)  # codes after which a code begins at a word again
+    whole = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % period)).reshape(rows, -1, period)
+    words = torch.zeros(rows, whole.shape[1], period * bits // 32, dtype=torch.int64, device=codes.device)
+    for i in range(period):
+        at, shift = divmod(i * bits, 32)
+        words[..., at] |= whole[..., i] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., at + 1] |= whole[..., i] >> (32 - shift)
+    low = words.view(torch.int32)[..., ::2]  # the lowest half of a word comes first in memory
+    return low.reshape(rows, -1)[:, : -(-count * bits // 32)].contiguous()
 
 
 def scaled(codes: Tensor, zeros: Tensor | None, scales: Tensor) -> Tensor:
