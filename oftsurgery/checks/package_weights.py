@@ -47,7 +47,7 @@ class Codes:
     numbers: Tensor
     scale: Tensor
     zero: Tensor | float = 0.0
-    offset: Tensor | float = 0.0
+    offset: Tensor | None = None
     bounds: tuple[int, int] | None = None
     group: Tensor | None = None
     slack: Tensor | float = 0.0
@@ -106,7 +106,9 @@ class Held:
             numbers = numbers - codes.zero.to(self.dtype) if isinstance(codes.zero, Tensor) else numbers
             values = numbers * codes.scale.to(self.dtype)
         else:
-            values = ((codes.numbers - codes.zero) * codes.scale + codes.offset).float().to(self.dtype)
+            values = (codes.numbers - codes.zero) * codes.scale
+            values = values if codes.offset is None else values + codes.offset  # a sum with 0.0 would lose the sign of -0.0
+            values = values.float().to(self.dtype)
         return (values.t() if self.turned else values).contiguous()
 
 

@@ -22,7 +22,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores import configs
-from oftsurgery.stores.dequantised import config_as_stored
+from oftsurgery.stores.dequantised import DequantisedCheckpoint, config_as_stored
 from oftsurgery.stores.folder import (
     FolderStore,
     Quantization,
@@ -297,8 +297,12 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
         )
-    if store.source.stored_as is not None and format == "bnb":
-        raise not_written(format, None, store.source)
+    if isinstance(store.source, DequantisedCheckpoint) and format == "bnb":
+        if all(held.quantiser is None for held in store.source.held.values()):
+            raise not_written(format, None, store.source)
+        message = f"the format bnb writes bitsandbytes' formats, but the base is stored as {store.source.stored_as}"
+        remedy = "choose format='same' (--format same) to keep the base's own format, or format='nf4' or 'int8' (--format nf4)"
+        raise StateError(message, format=format, path=store.source.folder, remedy=remedy)
     if format == "bnb" and method is None and store.quantization is None:
         raise StateError(
             "the format bnb writes the format that the adapter was trained on, but the base is plain, and nothing says that the adapter was "

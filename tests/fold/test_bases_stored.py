@@ -1,0 +1,154 @@
+"""Folds that keep the format of a base which another package quantised: HQQ, compressed-tensors, FP8. What the packages' own quantisers
+store of the same values lies in ``tests/data/bases-quantised`` (``tests/bases/packages.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import adapted, differing, file_bytes, load, outputs, quiet_fold, rotations_in, tensors
+from independent import make_case, relative
+from package_bases import CASES, HOME, STORED, TARGETS, Folders, changed, opened, values
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import oftsurgery
+from oftsurgery.checks.package_weights import read_again
+from oftsurgery.cli import main as cli
+from oftsurgery.formats.codecs import encode
+from oftsurgery.formats.packages.methods import METHODS
+from oftsurgery.formats.packages.stored import Source, Stored, packed, unpacked
+from oftsurgery.stores.dequantised import DequantisedCheckpoint
+
+QUANTISED = Path(__file__).parents[1] / "data" / "bases-quantised"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_is_the_mirror_of_unpacking(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 37), generator=torch.Generator().manual_seed(bits))
+    words = packed(codes, bits)
+    assert words.shape == (3, -(-37 * bits // 32))
+    assert torch.equal(unpacked(words, bits, 37).long(), codes)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_values_are_stored_as_the_package_s_quantiser_stores_them(name: str) -> None:
+    at = torch.arange(32 * 64, dtype=torch.float32).reshape(32, 64)
+    path = "model.layers.0.self_attn.k_proj"
+    form = opened(HOME / name).format(f"{path}.weight")
+    found = form.kind.to_checkpoint("", encode((at * 37 % 101 - 50) * (at % 7 + 1) / 2048, form))
+    theirs = load_file(QUANTISED / f"{name}.safetensors")
+    assert {n.removeprefix(f"{path}.") for n in found} == theirs.keys()
+    for end, want in theirs.items():
+        got = found[f"{path}.{end}"]
+        assert (got.dtype, got.shape) == (want.dtype, want.shape), end
+        if name.startswith("hqq") and end in ("W_q", "zero"):  # the last bits of a mean depend on the processor
+            assert (got != want).float().mean() < 0.02, end
+        else:
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (got, want))), end
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_fold_in_the_base_s_own_format_and_the_ways_back(name: str, folders: Folders, tmp_path: Path) -> None:
+    base, out = HOME / name, tmp_path / "out"
+    record = quiet_fold(base, folders.adapter, out, undo=tmp_path / "record.undo")
+    before, after = tensors(base), tensors(out)
+    paths = [f"{path}." for path in record.modules]
+    assert differing(before, after)
+    assert not [n for n in differing(before, after) if not n.startswith(tuple(paths))]
+    assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
+    settings = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (base, out)]
+    assert settings[0] == settings[1]
+    found = opened(out)
+    for weight, exact in folders.exact(name).items():
+        module = record.modules[weight.removesuffix(".weight")]
+        assert module.error == pytest.approx(relative(found.read(weight).double(), exact), rel=1e-3)
+        assert module.format == found.held[weight].label
+        assert module.rounding == "nearest"
+    assert "format" not in record.base
+    report = oftsurgery.verify_checkpoint(out, base, folders.adapter)
+    assert report.ok, str(report)
+    findings = oftsurgery.doctor(out, base=base, adapter=folders.adapter)
+    assert {f.code for f in findings} <= {"kept", "adapter-lost"}
+    for way in ({"base": base}, {"undo": tmp_path / "record.undo"}):
+        back = tmp_path / next(iter(way))
+        oftsurgery.unfold_checkpoint(out, back, **way)
+        assert not differing(before, tensors(back))
+        assert json.loads((back / "config.json").read_text())["quantization_config"] == settings[0]
+    with pytest.warns(oftsurgery.UnfoldWarning, match="not bit-exact"):
+        oftsurgery.unfold_checkpoint(out, tmp_path / "turned", adapter=folders.adapter)
+    turned = opened(tmp_path / "turned")
+    for weight in folders.exact(name):
+        assert relative(turned.read(weight).double(), values(name)[weight].double()) < 0.35
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verify_reads_each_weight_by_code_of_its_own(name: str) -> None:
+    first = opened(HOME / name)
+    second = read_again(first, idle=False)
+    assert {n: (e.dtype, e.shape) for n, e in first.entries.items()} == {
+        n: (e.dtype, e.shape) for n, e in second.entries.items()
+    }
+    assert not differing(*({n: one.read(n) for n in first.entries} for one in (first, second)))
+
+
+def _rows_turned(stored: Stored, tensors_: Any) -> Tensor:
+    return stored.decode(tensors_).roll(1, 0)
+
+
+@pytest.mark.parametrize("format", ["bf16", "same"])
+@pytest.mark.parametrize("name", ["gptq-4-gptq", "awq-gemm-g32", "torchao-int8", *STORED[1::3]])
+def test_verify_finds_that_a_fold_has_read_the_weights_wrongly(
+    name: str, format: Any, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each decoder of the fold is broken: it turns the rows of the weights around."""
+    if format == "same" and name not in STORED:
+        return
+
+    def broken(method: str, source: Source) -> dict[str, Stored]:
+        found = METHODS[method](source)
+        return {n: replace(stored, decode=partial(_rows_turned, stored)) for n, stored in found.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("oftsurgery.stores.dequantised.METHODS", {m: partial(broken, m) for m in METHODS})
+        quiet_fold(HOME / name, folders.adapter, tmp_path / "out", format=format)
+        report = oftsurgery.verify_checkpoint(tmp_path / "out", HOME / name, folders.adapter)
+    assert not report.ok
+    assert len(report.wrong) >= 3
+    assert not oftsurgery.verify_checkpoint(tmp_path / "out", HOME / name, folders.adapter).ok
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_verify_finds_scales_and_codes_that_no_package_would_store(name: str, folders: Folders, tmp_path: Path) -> None:
+    quiet_fold(HOME / name, folders.adapter, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    path = "model.layers.0.self_attn.q_proj."
+    scale = next(n for n in held if n.startswith(path) and "scale" in n and "quant_scale" not in n)
+    codes = next(f"{path}{end}" for end in ("W_q", "weight_packed", "weight") if f"{path}{end}" in held)
+    parts = "model.layers.0.self_attn.o_proj."
+    other = codes.replace(path, parts)
+    (tmp_path / "out" / "oftsurgery.json").unlink()  # whose hashes would tell
+    for changed_name, tensor in (
+        (scale, held[scale] * 1.5),
+        (codes, held[codes].reshape(-1).roll(1, 0).reshape(held[codes].shape) if held[codes].element_size() > 1 else held[codes].view(torch.uint8).roll(1, 0).view(held[codes].dtype)),
+        (other, held[other].view(torch.uint8).roll(1, 0).view(held[other].dtype)),
+    ):
+        save_file(held | {changed_name: tensor}, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+        report = oftsurgery.verify_checkpoint(tmp_path / "out", HOME / name, folders.adapter)
+        assert len(report.wrong) == 1, changed_name
+    save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    assert oftsurgery.verify_checkpoint(tmp_path / "out", HOME / name, folders.adapter).ok
