@@ -61,6 +61,14 @@ class Codes:
             return replace(self, numbers=steps.float().clamp(-_MOST, _MOST).to(torch.float8_e4m3fn).double())
         return replace(self, numbers=torch.round(steps + self.zero).clamp(*self.bounds))
 
+    def step_error(self, exact: Tensor) -> float:
+        """The relative error of values that lie anywhere between two codes: the root of ``Σ step² / 12``."""
+        steps = self.scale.expand(exact.shape)
+        if self.bounds is None:  # 3 bits of a mantissa, down to the exponent -6
+            size = exact.abs() / torch.where(steps == 0, 1.0, steps)
+            steps = steps * torch.exp2(torch.floor(torch.log2(size.clamp(min=2.0**-6))) - 3)
+        return float((steps.square().sum() / 12).sqrt() / exact.norm())
+
     def scales_fit(self, exact: Tensor) -> bool:
         """Whether the scales are those that the package gives to the values ``exact``, up to their rounding; a power of two may be a
         factor 2 larger. Scales of groups of nearly equal values may be any.

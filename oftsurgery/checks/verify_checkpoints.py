@@ -316,14 +316,13 @@ class Comparison:
             kept=measures.kept(decoded, start, exact),
             change=float((exact - start.to(torch.float64)).norm()),
             format=into.label if codes is None else str(self.folded.checkpoint.stored_as),
-            steps=measures.step_error(own, exact),
+            steps=measures.step_error(own, exact) if codes is None else codes.step_error(exact),
         )
         if not check.passes(self.tolerance):
             recorded = "" if check.recorded is not False else "; the record has another hash"
             return f"the relative error is {error:.2e}, and the rounding to the format explains {check.rounding:.2e}{recorded}"
         if codes is not None:
-            wrong = None if codes.scales_fit(exact) else "the scales are not those that the package gives to the exact values"
-            return wrong or _parts_unlike(stored, before, fixed=True)
+            return self._wrong_scales(codes, before, exact) or _parts_unlike(stored, before, fixed=True)
         if not into.quantised:
             return self._wrong_dtype(before, into.dtype)
         same = replace(before.weight.format, nested_blocksize=into.nested_blocksize)
@@ -335,6 +334,15 @@ class Comparison:
         # the companions may be the source's (old releases write fewer) or those that are written now
         found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
+
+    def _wrong_scales(self, codes: Codes, before: StoredTensor, exact: Tensor) -> str | None:
+        """What is wrong with the scales of a weight in a package's layout, or None: both the package's choice for the values and the
+        source's own scales are right.
+        """
+        own = before.held.codes(before.parts or {}).scale if before.held is not None else None
+        if codes.scales_fit(exact) or (own is not None and torch.equal(own, codes.scale)):
+            return None
+        return "the scales are neither the source's nor those that the package gives to the exact values"
 
     def _of_group(self, name: str, group: Collection[str]) -> Tensor:
         """The exact weight ``name`` of a group; the whole group is rotated when its first weight is asked for."""

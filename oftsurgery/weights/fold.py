@@ -131,7 +131,7 @@ def fold_encoded(
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     if isinstance(into, PackageFormat):
-        return _by_package(codecs.decode(encoded), chain, into, inverse=inverse)
+        return _by_package(encoded, chain, into, used, inverse=inverse)
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = in_weight_order(chain, inverse=inverse)
         fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
@@ -148,13 +148,13 @@ def fold_encoded(
 
 
 def _by_package(
-    base: Tensor, chain: Sequence[WeightMap], into: PackageFormat, *, inverse: bool
+    encoded: EncodedWeight, chain: Sequence[WeightMap], into: PackageFormat, used: str, *, inverse: bool
 ) -> FoldedWeight:
-    """The values ``base`` with a chain in them, stored by the quantiser of the package."""
+    """:func:`fold_encoded` of a weight that stays in the layout of another package."""
+    base = codecs.decode(encoded)
     plain = WeightFormat("dense", into.shape, base.dtype)
     turned = fold_encoded(codecs.dense(base), chain, plain, inverse=inverse)
-    exact = turned.encoded.tensors["weight"]
-    return measured(FoldedWeight(codecs.encode(exact, into), 0.0, turned.backend), base, exact)
+    return replace(_stored(encoded, base, turned.encoded.tensors["weight"], chain, into, used), backend=turned.backend)
 
 
 def rotate_group(group: Sequence[EncodedWeight], chain: Sequence[WeightMap], *, inverse: bool = False) -> list[Tensor]:
@@ -217,6 +217,9 @@ def _preserved(
     """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
         return None
+    if isinstance(into, PackageFormat):
+        found = preserve.in_package(encoded, base, exact)
+        return None if found is None else FoldedWeight(found[0], 0.0, rounding="preserve", relaxation=found[1])
     own = preserve.scales_of(encoded, into)
 
     def rows_of(ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.packages.package_format import OfPackage
 
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
@@ -286,6 +287,50 @@ def encode_rows(
     factor = torch.where(strong, 1.0, relaxation_of(steps)).unsqueeze(-1)
     target = torch.where(strong.unsqueeze(-1), w, v + (w - v) * factor).reshape(-1)[:n].to(torch.float32)
     return f.kind.codes_at(target, seen, f), stated, seen
+
+
+# --- in the layouts of other packages ----------------------------------------------------------------------------------
+
+#: a package's own rounding, which finds new scales, is taken where it keeps at least this share of the change
+_WHOLE = 0.98
+
+
+def in_package(encoded: EncodedWeight, base: Tensor, exact: Tensor) -> tuple[EncodedWeight, float] | None:
+    """The weight that keeps the change with its own scales and zeros, and its ω; None where the package's own rounding keeps enough, or
+    no ω keeps the change.
+
+    Args:
+        encoded: the weight before the rotation, in the layout of a package whose quantiser is known.
+        base, exact: its values before and after the rotation, ``(out, in)`` float32.
+    """
+    kind = encoded.format.kind
+    assert isinstance(kind, OfPackage)  # noqa: S101 - the caller asks for such a weight
+    quantiser, change = kind.quantiser, exact - base
+    whole = _sum(change, change)
+    if not whole:
+        return None
+    anew = kind.decode(EncodedWeight(encoded.format, quantiser.encode(exact)))
+    if abs(_sum(anew.sub_(base), change) / whole - 1) <= 1 - _WHOLE:
+        return None
+
+    def numbers(steps: int) -> Tensor:
+        return quantiser.nearest(base + change * relaxation_of(steps), encoded.tensors)
+
+    def keeps(steps: int) -> bool:
+        return _sum(quantiser.values(numbers(steps), encoded.tensors).sub_(base), change) >= whole
+
+    low, high = -1, MOST  # the change is kept from `high` on
+    if not keeps(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return kind.with_numbers(encoded, numbers(high)), relaxation_of(high)
+
+
+def _sum(a: Tensor, b: Tensor) -> float:
+    """``Σ a b`` in float64, the same for any number of threads."""
+    return float((a * b).sum(-1, dtype=torch.float64).cpu().sum())
 
 
 def stored_as(f: WeightFormat, codes: Tensor, scales: Tensor) -> EncodedWeight:

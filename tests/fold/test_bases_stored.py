@@ -34,7 +34,11 @@ QUANTISED = Path(__file__).parents[1] / "data" / "bases-quantised"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return Folders(tmp_path_factory.mktemp("bases"))
+    found = Folders(tmp_path_factory.mktemp("bases"))
+    weak = shutil.copytree(found.adapter, found.adapter.with_name("weak"))
+    file = weak / "adapter_model.safetensors"
+    save_file({name: tensor * 0.15 for name, tensor in load_file(file).items()}, file)
+    return found
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -94,6 +98,30 @@ def test_a_fold_in_the_base_s_own_format_and_the_ways_back(name: str, folders: F
     turned = opened(tmp_path / "turned")
     for weight in folders.exact(name):
         assert relative(turned.read(weight).double(), values(name)[weight].double()) < 0.35
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_small_change_is_kept(name: str, folders: Folders, tmp_path: Path) -> None:
+    """The package's own rounding puts most weights of few bits back where they were; the default rounding keeps the change."""
+    base, kept, change, adapter = HOME / name, {}, {}, folders.adapter.with_name("weak")
+    for rounding in ("nearest", "preserve"):
+        out = tmp_path / rounding
+        record = quiet_fold(base, adapter, out, rounding=rounding, undo=tmp_path / f"{rounding}.undo")
+        kept[rounding], change[rounding] = [m.kept for m in record.modules.values()], record
+        report = oftsurgery.verify_checkpoint(out, base, adapter)
+        assert report.ok, str(report)
+        assert all(report.modules[path].kept == pytest.approx(m.kept, abs=1e-3) for path, m in record.modules.items())
+        assert {f.code for f in oftsurgery.doctor(out, base=base, adapter=adapter)} <= {"kept", "adapter-lost"}
+        oftsurgery.unfold_checkpoint(out, tmp_path / f"{rounding}-back", undo=tmp_path / f"{rounding}.undo")
+        assert not differing(tensors(base), tensors(tmp_path / f"{rounding}-back"))
+    assert all(0.97 < k < 1.03 for k in kept["preserve"]), kept
+    if not name.startswith("fp8") and "float" not in name and "int8" not in name:
+        assert all(k < 0.9 for k in kept["nearest"]), kept
+        assert {m.rounding for m in change["preserve"].modules.values()} == {"preserve"}
+    for path, module in change["preserve"].modules.items():
+        before, after = (opened(folder).stored(f"{path}.weight").tensors for folder in (base, tmp_path / "preserve"))
+        own = [n for n in before if n != "weight" and not torch.equal(before[n], after[n])]
+        assert not own or module.rounding == "nearest", path
 
 
 @pytest.mark.parametrize("name", CASES)

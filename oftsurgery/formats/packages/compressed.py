@@ -4,6 +4,7 @@ floats, and a scale for the tensor, a row, a group of inputs or a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -203,28 +204,68 @@ def _quantiser(grid: _Grid, said: list[Any]) -> Quantiser | None:
     unclear = (zeros is not None and len(symmetric) != 1) or (grid.of[0] != grid.out and grid.of != (1, 1))
     if old or unclear or any(s.get("scale_dtype") or s.get("num_bits") != grid.bits for s in schemes):
         return None
-    encode = partial(_encode, grid, centred=zeros is None or True in symmetric)
-    return Quantiser(encode, partial(_codes, grid), 8 if grid.shape is None else grid.bits)
+    return _Quantiser(grid, centred=zeros is None or True in symmetric)
 
 
-def _encode(grid: _Grid, values: Tensor, *, centred: bool) -> dict[str, Tensor]:
-    """What the package stores: the range of each group, in which zero lies, gives its scale and its zero."""
-    bottom, top = grid.bounds
-    low, high = torch.aminmax(values.to(torch.float32).reshape(*grid.of, -1), dim=-1)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if centred:
-        scale, zero = torch.maximum(-low, high) / ((top - bottom) / 2), torch.zeros_like(low)
-    else:
-        scale = (high - low) / (top - bottom)
-        zero = torch.round((bottom - low / scale).clamp(bottom, top)).nan_to_num()
-    dtype, shape = grid.entries["scale"]
-    scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale).to(dtype)
-    made = {"scale": scale.reshape(shape)}
-    if "zero_point" in grid.entries:
-        made["zero_point"] = _zero_point(grid, zero.to(torch.int8))
-    if grid.shape is not None:
-        made["shape"] = grid.shape
-    return {"weight": _codes(grid, values, made), **made}
+@dataclass(frozen=True, eq=False)
+class _Quantiser(Quantiser):
+    """Attributes:
+    centred: whether the package's scheme is symmetric.
+    """
+
+    grid: _Grid
+    centred: bool
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return 8 if self.grid.shape is None else self.grid.bits
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """The range of each group, in which zero lies, gives its scale and its zero."""
+        grid = self.grid
+        bottom, top = grid.bounds
+        low, high = torch.aminmax(values.reshape(*grid.of, -1), dim=-1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.centred:
+            scale, zero = torch.maximum(-low, high) / ((top - bottom) / 2), torch.zeros_like(low)
+        else:
+            scale = (high - low) / (top - bottom)
+            zero = torch.round((bottom - low / scale).clamp(bottom, top)).nan_to_num()
+        dtype, shape = grid.entries["scale"]
+        scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale).to(dtype)
+        made = {"scale": scale.reshape(shape)}
+        if "zero_point" in grid.entries:
+            made["zero_point"] = _zero_point(grid, zero.to(torch.int8))
+        if grid.shape is not None:
+            made["shape"] = grid.shape
+        return {"weight": self.stored(self.nearest(values, made)), **made}
+
+    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale, zero = self._statistics(tensors)
+        steps = values.reshape(*self.grid.of, -1) / torch.where(scale == 0, 1.0, scale)
+        steps = steps if zero is None else steps.add_(zero)
+        return torch.round(steps.clamp_(*self.grid.bounds)).nan_to_num_().reshape(values.shape)
+
+    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale, zero = self._statistics(tensors)
+        grouped = numbers.reshape(*self.grid.of, -1)
+        return ((grouped if zero is None else grouped - zero) * scale).reshape(numbers.shape)
+
+    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale, _ = self._statistics(tensors)
+        return scale.expand(*self.grid.of, values.numel() // math.prod(self.grid.of)).reshape(values.shape)
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        return numbers.to(torch.int8) if self.grid.shape is None else packed(numbers - self.grid.bounds[0], self.bits)
+
+    def _statistics(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The scales and zeros ``(out or 1, groups, 1)``, float32."""
+        of = self.grid.of
+        zero = tensors.get("zero_point")
+        if zero is not None and zero.dtype == torch.int32:
+            zero = unpacked(zero.t().contiguous(), self.grid.bits, of[0]).t().to(torch.int16) + self.grid.bounds[0]
+        wide = None if zero is None else zero.to(torch.float32).reshape(*of, 1)
+        return tensors["scale"].to(torch.float32).reshape(*of, 1), wide
 
 
 def _zero_point(grid: _Grid, zero: Tensor) -> Tensor:
@@ -232,18 +273,3 @@ def _zero_point(grid: _Grid, zero: Tensor) -> Tensor:
     if dtype != torch.int32:
         return zero.reshape(shape)
     return packed((zero.to(torch.int32) - grid.bounds[0]).t(), grid.bits).t().contiguous()
-
-
-def _codes(grid: _Grid, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The nearest codes, ``(out, in)``, packed or not."""
-    bottom, top = grid.bounds
-    of = grid.of
-    scale = tensors["scale"].to(torch.float32).reshape(*of, 1)  # (out or 1, groups, 1)
-    zero = tensors.get("zero_point")
-    if zero is not None and zero.dtype == torch.int32:
-        zero = unpacked(zero.t().contiguous(), grid.bits, of[0]).t().to(torch.int16) + bottom
-    steps = values.to(torch.float32).reshape(*of, -1) / torch.where(scale == 0, 1.0, scale)
-    if zero is not None:
-        steps += zero.to(torch.float32).reshape(*of, 1)
-    codes = torch.round(steps.clamp_(bottom, top)).nan_to_num_().reshape(values.shape)
-    return codes.to(torch.int8) if grid.shape is None else packed(codes - bottom, grid.bits)

@@ -72,8 +72,7 @@ def stored(
         damaged(f"the scale has the dtype {entries[scale][0]}, which oftsurgery does not read", scale, "fp8")
     quantiser = None
     if entries[name][0] == torch.float8_e4m3fn and len(shape) == 2:  # no package writes the other dtype
-        made = _Scales(grid, *entries[scale], statistics)
-        quantiser = Quantiser(partial(_encode, made), partial(_codes, made), bits=8)
+        quantiser = _Quantiser(grid, *entries[scale], statistics)
     tensors, decode = {"weight": name, "scale": scale}, partial(_decode, grid=grid, dtype=dtype)
     return Stored(tensors, shape, dtype, f"fp8, {what}", decode, quantiser)
 
@@ -126,13 +125,46 @@ Statistics = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Scales:
-    """How the scales of one weight are stored, and chosen."""
+class _Quantiser(Quantiser):
+    """Attributes:
+    grid: the rows and columns that share a scale.
+    dtype, shape: of the scales.
+    statistics: the package's choice of scales.
+    """
 
     grid: Shape
     dtype: torch.dtype
     shape: Shape
     statistics: Statistics
+    bits = 8
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        rows, columns = values.shape
+        down, along = (min(size, whole) for size, whole in zip(self.grid, values.shape, strict=True))
+        padded = torch.nn.functional.pad(values.abs(), (0, -columns % along, 0, -rows % down))
+        most = padded.reshape(len(padded) // down, down, -1, along).amax((1, 3))  # (blocks of rows, blocks of columns)
+        scale, factor = self.statistics(most, self.dtype)
+        made = {"scale": scale.to(self.dtype).reshape(self.shape)}
+        if factor is None:
+            return {"weight": self.stored(self.nearest(values, made)), **made}
+        steps = values * _spread(factor, values.shape, self.grid)
+        return {"weight": self.stored(steps.clamp_(-_MOST, _MOST)), **made}
+
+    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale = _spread(tensors["scale"], values.shape, self.grid)
+        steps = values / torch.where(scale == 0, 1.0, scale)
+        return self.stored(steps.nan_to_num_().clamp_(-_MOST, _MOST)).to(torch.float32)
+
+    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return numbers * _spread(tensors["scale"], numbers.shape, self.grid)
+
+    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale = _spread(tensors["scale"], values.shape, self.grid)
+        _, exponent = torch.frexp(values / torch.where(scale == 0, 1.0, scale))
+        return torch.exp2((exponent.clamp(min=-5) - 4).to(torch.float32)) * scale
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        return numbers.to(torch.float8_e4m3fn)
 
 
 def _statistics(most: Tensor, dtype: torch.dtype, *, powers: bool) -> tuple[Tensor, Tensor | None]:
@@ -150,23 +182,3 @@ def of_compressed(most: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
     """compressed-tensors' choice."""
     scale = most / _MOST
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale), None
-
-
-def _encode(scales: _Scales, values: Tensor) -> dict[str, Tensor]:
-    rows, columns = values.shape
-    down, along = (min(size, whole) for size, whole in zip(scales.grid, values.shape, strict=True))
-    padded = torch.nn.functional.pad(values.to(torch.float32).abs(), (0, -columns % along, 0, -rows % down))
-    most = padded.reshape(len(padded) // down, down, -1, along).amax((1, 3))  # (blocks of rows, blocks of columns)
-    scale, factor = scales.statistics(most, scales.dtype)
-    stored = scale.to(scales.dtype)
-    made = {"scale": stored.reshape(scales.shape)}
-    if factor is None:
-        return {"weight": _codes(scales, values, made), **made}
-    steps = values.to(torch.float32) * _spread(factor, values.shape, scales.grid)
-    return {"weight": steps.clamp(-_MOST, _MOST).to(torch.float8_e4m3fn), **made}
-
-
-def _codes(scales: _Scales, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    scale = _spread(tensors["scale"], values.shape, scales.grid)
-    steps = values.to(torch.float32) / torch.where(scale == 0, 1.0, scale)
-    return steps.nan_to_num().clamp(-_MOST, _MOST).to(torch.float8_e4m3fn)

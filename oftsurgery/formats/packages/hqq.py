@@ -94,7 +94,7 @@ def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Te
     layout = _Layout(packing, matrix, stored, shape, dtype, axis, round(2**nbits - 1), facts)
     quantiser = None
     if layout.flag("channel_wise", default=True):
-        quantiser = Quantiser(partial(_encode, layout), partial(_codes, layout), bits)
+        quantiser = _Quantiser(layout, bits)
     return Stored(tensors, shape, dtype, label, partial(_decode, layout), quantiser)
 
 
@@ -151,19 +151,40 @@ _NORM, _BETA, _STEPS = 0.7, 10.0, 20
 _LEAST_RANGE, _MOST_FACTOR = 1e-4, 2e4
 
 
-def _encode(layout: _Layout, values: Tensor) -> dict[str, Tensor]:
-    """What hqq stores of ``values``: the range of a group gives its scale, and a search that needs no data gives its zero."""
-    w = values.to(torch.float32).reshape(layout.matrix)
-    low, high = w.amin(layout.axis, keepdim=True), w.amax(layout.axis, keepdim=True)
-    span = high - low
-    factor = torch.where(span.abs() <= _LEAST_RANGE, 1.0, layout.top / span).clamp(max=_MOST_FACTOR)
-    zero = -low * factor
-    zero = torch.round(zero) if layout.flag("round_zero", default=layout.top == 15) else zero
-    if layout.flag("optimize", default=True):
-        zero = _best_zero(w, factor, zero, layout)
-    codes = torch.round(w * factor + zero).clamp(0, layout.top)
-    statistics = {"scale": (1.0 / factor).to(layout.dtype), "zero": zero.to(layout.dtype)}
-    return {"weight": _pack(codes, layout), **statistics, **layout.facts}
+@dataclass(frozen=True, eq=False)
+class _Quantiser(Quantiser):
+    layout: _Layout
+    bits: int
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """The range of a group gives its scale, and a search that needs no data gives its zero."""
+        layout = self.layout
+        w = values.reshape(layout.matrix)
+        low, high = w.amin(layout.axis, keepdim=True), w.amax(layout.axis, keepdim=True)
+        span = high - low
+        factor = torch.where(span.abs() <= _LEAST_RANGE, 1.0, layout.top / span).clamp(max=_MOST_FACTOR)
+        zero = -low * factor
+        zero = torch.round(zero) if layout.flag("round_zero", default=layout.top == 15) else zero
+        if layout.flag("optimize", default=True):
+            zero = _best_zero(w, factor, zero, layout)
+        numbers = torch.round(w * factor + zero).clamp_(0, layout.top)
+        statistics = {"scale": (1.0 / factor).to(layout.dtype), "zero": zero.to(layout.dtype)}
+        return {"weight": self.stored(numbers), **statistics, **layout.facts}
+
+    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale, zero = (tensors[name].to(torch.float32) for name in ("scale", "zero"))
+        steps = values.reshape(self.layout.matrix) / torch.where(scale == 0, 1.0, scale)
+        return torch.round(steps + zero).clamp_(0, self.layout.top).nan_to_num_().reshape(self.layout.shape)
+
+    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale, zero = (tensors[name].to(torch.float32) for name in ("scale", "zero"))
+        return ((numbers.reshape(self.layout.matrix) - zero) * scale).reshape(self.layout.shape)
+
+    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["scale"].to(torch.float32).expand(self.layout.matrix).reshape(self.layout.shape)
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        return _pack(numbers.reshape(self.layout.matrix), self.layout)
 
 
 def _best_zero(w: Tensor, factor: Tensor, zero: Tensor, layout: _Layout) -> Tensor:
@@ -183,16 +204,10 @@ def _best_zero(w: Tensor, factor: Tensor, zero: Tensor, layout: _Layout) -> Tens
     return zero
 
 
-def _codes(layout: _Layout, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    scale = tensors["scale"].to(torch.float32)
-    steps = values.to(torch.float32).reshape(layout.matrix) / torch.where(scale == 0, 1.0, scale)
-    return _pack(torch.round(steps + tensors["zero"].to(torch.float32)).clamp(0, layout.top), layout)
-
-
 def _pack(codes: Tensor, layout: _Layout) -> Tensor:
     per_word, bits, word = _PACKING[layout.packing]
     rows = layout.stored[0]
-    whole = torch.nn.functional.pad(codes.nan_to_num().to(word), (0, 0, 0, rows * per_word - len(codes)))
+    whole = torch.nn.functional.pad(codes.to(word), (0, 0, 0, rows * per_word - len(codes)))
     words = torch.zeros(layout.stored, dtype=word, device=codes.device)
     for i, part in enumerate(whole.reshape(per_word, rows, -1)):
         words |= part << bits * (per_word - 1 - i)

@@ -14,7 +14,7 @@ from torch import Tensor
 from oftsurgery.formats.base import Format, Layout, finite
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
-from .stored import Entries, Stored
+from .stored import Entries, Quantiser, Stored
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class PackageFormat(WeightFormat):
 
 
 class OfPackage(Format):
-    """The code of one weight's :class:`PackageFormat`. Kernels know no such format, and the weight has one rounding, the package's."""
+    """The code of one weight's :class:`PackageFormat`. The kernels know no such format."""
 
     name = "package"
+    roundings = ("nearest", "preserve")
+    has_levels = False
 
     def __init__(self, stored: Stored, entries: Entries) -> None:
         self._stored, self._entries = stored, entries
@@ -62,10 +64,14 @@ class OfPackage(Format):
                 raise encoded.misfit("the tensor does not fit the format", name, tuple(tensor.shape), shape)
 
     def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
-        assert self._stored.quantiser is not None  # noqa: S101 - the plan refuses other weights
-        made = self._stored.quantiser.encode(weight.to(torch.float32))
-        encoded = EncodedWeight(f, made)
-        finite(self.decode(encoded), f"the weight is not finite in {f.label}", f)
+        return self._finite(EncodedWeight(f, self.quantiser.encode(weight.to(torch.float32))))
+
+    def with_numbers(self, base: EncodedWeight, numbers: Tensor) -> EncodedWeight:
+        """``base`` with codes for ``numbers``, and with its scales and zeros."""
+        return self._finite(EncodedWeight(base.format, {**base.tensors, "weight": self.quantiser.stored(numbers)}))
+
+    def _finite(self, encoded: EncodedWeight) -> EncodedWeight:
+        finite(self.decode(encoded), f"the weight is not finite in {encoded.format.label}", encoded.format)
         return encoded
 
     def decode(self, encoded: EncodedWeight) -> Tensor:
@@ -76,20 +82,20 @@ class OfPackage(Format):
         self.check(encoded)
         return self._stored.decode(encoded.tensors).contiguous()
 
-    def nearest_codes(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor of codes nearest to ``values``, with the scales and zeros in ``tensors``."""
-        assert self._stored.quantiser is not None  # noqa: S101 - the plan refuses other weights
-        return self._stored.quantiser.codes(values, tensors)
-
     @property
     def predictable(self) -> bool:
-        """Whether :meth:`nearest_codes` knows the codes."""
+        """Whether the package's quantiser is known."""
         return self._stored.quantiser is not None
 
     @property
-    def bits(self) -> int:
-        """Bits of a code in the tensor of codes."""
-        return 0 if self._stored.quantiser is None else self._stored.quantiser.bits
+    def quantiser(self) -> Quantiser:
+        assert self._stored.quantiser is not None  # noqa: S101 - the plan refuses other weights
+        return self._stored.quantiser
+
+    def step_error(self, encoded: EncodedWeight, exact: Tensor) -> float:
+        steps = self.quantiser.steps(exact.to(torch.float32), encoded.tensors).to(torch.float64)
+        norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+        return float(steps.square().sum() / 12) ** 0.5 / norm if norm else 0.0
 
     def hashed(self, encoded: EncodedWeight) -> Mapping[str, Tensor]:
         return {"weight": self.values(encoded)}

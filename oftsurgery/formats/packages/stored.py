@@ -42,20 +42,37 @@ class Source:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
 class Quantiser:
-    """How a package stores values anew, each code rounded to nearest.
+    """How a package stores the values of one weight, ``(out, in)`` float32.
+
+    In every method ``tensors`` are the weight's tensors by their local names: the codes are ``weight``, the others are the scales and zeros.
+    Codes stand for *numbers*, float32 ``(out, in)``.
 
     Attributes:
-        encode: function from the values, ``(out, in)`` float32, to all tensors by their local names: the codes are ``weight``, the
-            others are the scales and zeros that the package chooses for the values.
-        codes: function from the values and the other tensors of a weight to the nearest codes ``weight``.
         bits: bits of a code in ``weight``.
     """
 
-    encode: Callable[[Tensor], dict[str, Tensor]]
-    codes: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     bits: int
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """All tensors, with the scales and zeros that the package's own quantiser chooses, and codes to nearest."""
+        raise NotImplementedError
+
+    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The nearest numbers, with the scales and zeros in ``tensors``."""
+        raise NotImplementedError
+
+    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the numbers stand for, float32, before the package rounds it to its dtype."""
+        raise NotImplementedError
+
+    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The distance of the numbers' values around ``values``; the result broadcasts to them."""
+        raise NotImplementedError
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        """The tensor ``weight``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
