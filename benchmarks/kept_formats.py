@@ -26,9 +26,12 @@ from oftsurgery.formats.packages.stored import Source
 from oftsurgery.weights.fold import fold_encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from language_model import SmolLM2  # noqa: E402
+from language_model import SmolLM2
 
-NAMES = [f"model.layers.{i}.{end}.weight" for i, end in ((3, "self_attn.q_proj"), (10, "self_attn.o_proj"), (17, "mlp.up_proj"), (25, "mlp.down_proj"))]
+NAMES = [
+    f"model.layers.{i}.{end}.weight"
+    for i, end in ((3, "self_attn.q_proj"), (10, "self_attn.o_proj"), (17, "mlp.up_proj"), (25, "mlp.down_proj"))
+]
 SIZES = (0.01, 0.03, 0.1)
 
 
@@ -51,7 +54,11 @@ def hqq(out: int, inputs: int) -> PackageFormat:
     facts = {"shape": torch.tensor([out, inputs]), "nbits": number(4), "group_size": number(64), "axis": number(1)}
     facts |= {"packing": text("4bit_u8"), "compute_dtype": text("torch.bfloat16")}
     scales = torch.zeros(2, groups, 1, dtype=torch.bfloat16)
-    return package("hqq", {"W_q": torch.zeros(groups // 2, 64, dtype=torch.uint8), "scale": scales[0], "zero": scales[1], **facts}, {})
+    return package(
+        "hqq",
+        {"W_q": torch.zeros(groups // 2, 64, dtype=torch.uint8), "scale": scales[0], "zero": scales[1], **facts},
+        {},
+    )
 
 
 def compressed(out: int, inputs: int, bits: int, group: int, *, symmetric: bool) -> PackageFormat:
@@ -61,7 +68,10 @@ def compressed(out: int, inputs: int, bits: int, group: int, *, symmetric: bool)
     if bits == 8:
         tensors["weight"] = torch.zeros(out, inputs, dtype=torch.int8)
     else:
-        tensors |= {"weight_packed": torch.zeros(out, inputs * bits // 32, dtype=torch.int32), "weight_shape": torch.tensor([out, inputs])}
+        tensors |= {
+            "weight_packed": torch.zeros(out, inputs * bits // 32, dtype=torch.int32),
+            "weight_shape": torch.tensor([out, inputs]),
+        }
     if not symmetric:
         tensors["weight_zero_point"] = torch.zeros(out * bits // 32, groups, dtype=torch.int32)
     return package("compressed-tensors", tensors, {"config_groups": {"": {"weights": scheme}}})
@@ -81,7 +91,11 @@ def formats(out: int, inputs: int) -> Iterator[tuple[str, WeightFormat, str]]:
             kind = "symmetric" if symmetric else "asymmetric"
             form = compressed(out, inputs, 4, 64, symmetric=symmetric)
             yield f"compressed-tensors, 4 bits, groups of 64, {kind}, `{rounding}`", form, rounding
-        yield f"compressed-tensors, 8 bits, rows, `{rounding}`", compressed(out, inputs, 8, inputs, symmetric=True), rounding
+        yield (
+            f"compressed-tensors, 8 bits, rows, `{rounding}`",
+            compressed(out, inputs, 8, inputs, symmetric=True),
+            rounding,
+        )
         yield f"FP8, blocks of 128 × 128, `{rounding}`", fp8(out, inputs, 128), rounding
     for rounding in ("nearest", "preserve"):
         yield f"NF4, `{rounding}`", WeightFormat("nf4", (out, inputs), torch.bfloat16, blocksize=64), rounding

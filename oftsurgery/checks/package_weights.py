@@ -115,14 +115,16 @@ class Held:
             values = numbers * codes.scale.to(self.dtype)
         else:
             values = (codes.numbers - codes.zero) * codes.scale
-            values = values if codes.offset is None else values + codes.offset  # a sum with 0.0 would lose the sign of -0.0
+            values = (
+                values if codes.offset is None else values + codes.offset
+            )  # a sum with 0.0 would lose the sign of -0.0
             values = values.float().to(self.dtype)
         return (values.t() if self.turned else values).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedCheckpoint(Checkpoint):
-    """The plain checkpoint that a package's dequantisation of ``files_of`` gives, by this file alone.
+    """The plain checkpoint that a package's dequantisation gives, by this file alone.
 
     Attributes:
         of: the checkpoint as it is stored.
@@ -189,9 +191,13 @@ _IDLE = (
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    settings = next((config[name] for name in _SETTINGS if isinstance(config.get(name), Mapping)), {})
+    settings: Mapping[str, Any] = next(
+        (config[name] for name in _SETTINGS if isinstance(config.get(name), Mapping)), {}
+    )
     method = settings.get("quant_method")
-    return (None if method is None and "config_groups" not in settings else str(method or "compressed-tensors")), settings
+    return (
+        None if method is None and "config_groups" not in settings else str(method or "compressed-tensors")
+    ), settings
 
 
 def _modules(files: Checkpoint, end: str) -> Iterator[str]:
@@ -248,7 +254,12 @@ def _gptq(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str,
             numbers = _stream(zeros, bits, out)
             numbers = (numbers + 1) % 8 if first and bits == 3 else numbers
             of = p["g_idx"] if "g_idx" in p else torch.arange(inputs) // (size if size > 0 else inputs)
-            return Codes(_stream(p["qweight"].t(), bits, inputs), _by(p["scales"].t(), of), _by(numbers.t(), of), bounds=(0, 2**bits - 1))
+            return Codes(
+                _stream(p["qweight"].t(), bits, inputs),
+                _by(p["scales"].t(), of),
+                _by(numbers.t(), of),
+                bounds=(0, 2**bits - 1),
+            )
 
         turned = conv1d and path.split(".")[-2] in ("c_attn", "c_proj", "c_fc", "q_attn")
         shape = (inputs, out) if turned else (out, inputs)
@@ -297,7 +308,7 @@ def _places_of_gemv_fast(out: int, inputs: int) -> Tensor:
     return at.transpose(1, 2).reshape(-1)  # four outputs, 64 inputs of each
 
 
-def _hqq(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
+def _hqq(files: Checkpoint, _: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
     for path in _modules(files, "W_q"):
         parts = {name.removeprefix(path): name for name in files.entries if name.startswith(path)}
         parts = {end: name for end, name in parts.items() if "." not in end and end != "bias"}
@@ -323,7 +334,13 @@ def _hqq(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, 
         ) -> Codes:
             n = shape[0] * shape[1]
             rows, columns = (n // size, size) if axis else (size, n // size)
-            width, kind = {"8": (8, np.uint8), "4": (4, np.uint8), "3": (3, np.int32), "2": (2, np.uint8), "1": (1, np.uint8)}[words[0]]
+            width, kind = {
+                "8": (8, np.uint8),
+                "4": (4, np.uint8),
+                "3": (3, np.int32),
+                "2": (2, np.uint8),
+                "1": (1, np.uint8),
+            }[words[0]]
             count = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[width]
             flat = np.ascontiguousarray(p["W_q"].contiguous().view(torch.uint8).numpy()).reshape(-1).view(kind)
             held = flat.astype(np.int64).reshape(-1, columns)  # the codes of a word are `len(held)` rows apart
@@ -334,8 +351,16 @@ def _hqq(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, 
             found = torch.from_numpy(numbers).double().reshape(shape)
             eps, top = torch.finfo(p["zero"].dtype).eps / 2, round(2**bits - 1)
             slack = (zero.abs() + (found - zero).abs()) * scale * eps
-            more = {"slack": slack, "stored": p["scale"].dtype, "span": "range"}
-            return Codes(found, scale, zero, bounds=(0, top), group=of.reshape(shape), **more)
+            return Codes(
+                found,
+                scale,
+                zero,
+                bounds=(0, top),
+                group=of.reshape(shape),
+                slack=slack,
+                stored=p["scale"].dtype,
+                span="range",
+            )
 
         yield f"{path}weight", Held(parts, (out, inputs), dtype, codes, roundings=2)
 
@@ -347,7 +372,9 @@ def _compressed(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tupl
     widths = {int(s["num_bits"]) for s in schemes if "num_bits" in s}
     blocks = [s["block_structure"] for s in schemes if s.get("block_structure")]
     for path in _modules(files, "weight_packed"):
-        parts = _named(files, path, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+        parts = _named(
+            files, path, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"
+        )
         out, inputs = map(int, files.read(parts["weight_shape"]))
         words = _shape(files, parts["weight_packed"])[1]
         bits = next(b for b in sorted(widths) if -(-inputs * b // 32) == words)
@@ -364,7 +391,10 @@ def _compressed(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tupl
         name = f"{path}weight"
         if name not in files.entries:
             continue
-        parts, dtype = {"weight": name, **_named(files, path, "weight_scale", "weight_zero_point", "weight_g_idx")}, _dtype(files, name)
+        parts, dtype = (
+            {"weight": name, **_named(files, path, "weight_scale", "weight_zero_point", "weight_g_idx")},
+            _dtype(files, name),
+        )
         if dtype in _FLOAT8:
             block = tuple(blocks[0]) if blocks else None
             yield name, _float8(files, name, parts["weight_scale"], block, _dtype(files, parts["weight_scale"]))
@@ -389,8 +419,8 @@ def _integers(numbers: Tensor, p: Parts, zero: Tensor | None, bits: int, *, cent
     wide = 0.0 if zero is None else _by(zero.reshape(scale.shape), of)
     bounds = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     span = "size" if centred else "range with 0"
-    more = {"stored": p["weight_scale"].dtype, "span": span}
-    return Codes(numbers, _by(scale, of), wide, bounds=bounds, group=rows * groups + of, **more)
+    group, stored = rows * groups + of, p["weight_scale"].dtype
+    return Codes(numbers, _by(scale, of), wide, bounds=bounds, group=group, stored=stored, span=span)
 
 
 def _fp8(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
@@ -409,9 +439,7 @@ def _fp8(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield name, _float8(files, name, scale, None if block is None else tuple(block), dtype)
 
 
-def _float8(
-    files: Checkpoint, name: str, scale: str, block: tuple[int, ...] | None, dtype: torch.dtype
-) -> Held:
+def _float8(files: Checkpoint, name: str, scale: str, block: tuple[int, ...] | None, dtype: torch.dtype) -> Held:
     shape = _shape(files, name)
     rows, columns = shape[-2:]
 
@@ -430,7 +458,7 @@ def _float8(
     return Held({"weight": name, "scale": scale}, shape, dtype, codes)
 
 
-def _torchao(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
+def _torchao(files: Checkpoint, _: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
     for file in files.files:
         for name, text in read_header(files.weights / file)[1].items():
             try:
@@ -446,7 +474,9 @@ def _torchao(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[s
             def codes(p: Parts, shape: tuple[int, ...] = shape, block: list[int] = block) -> Codes:
                 grid = [n // b for n, b in zip(shape, block, strict=True)]
                 scale, zero = (
-                    None if end not in p else p[end].double().reshape(grid).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+                    None
+                    if end not in p
+                    else p[end].double().reshape(grid).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
                     for end in ("scale", "zero_point")
                 )
                 assert scale is not None  # noqa: S101 - every class has scales

@@ -309,7 +309,9 @@ class Comparison:
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
         check = self.modules[name.removesuffix(".weight") if group else path] = WeightCheck(
             error,
-            rounding=measures.relative(codecs.decode(plain), exact) if codes is None else _rounding(stored, codes, exact),
+            rounding=measures.relative(codecs.decode(plain), exact)
+            if codes is None
+            else _rounding(stored, codes, exact),
             recorded=None if module is None else own.fingerprint == module.after,
             calibrated=module.error if module is not None and module.rounding == "calibrated" else None,
             rho=error / changed if changed else None,

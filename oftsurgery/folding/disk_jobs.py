@@ -91,9 +91,7 @@ class Job:
     values: Tensor | None = None
 
 
-_DENSE = (
-    "choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for 4 or 8 bits"
-)
+_DENSE = "choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for 4 or 8 bits"
 
 
 def not_written(label: str, module: str | None, source: Checkpoint) -> StateError:
@@ -229,8 +227,14 @@ class JobBuilder:
         if self.held[name].quantiser is None and target in self.rotate:
             raise not_written(into.label, target.removesuffix(".weight"), self.package)
         if target in self.values or output != name:
-            what = "the adapter brings its own values for this weight" if target in self.values else "the fold unties this weight"
-            message = f"{what}, and the base stores the weight as {into.codec}, which holds no plain weight in this place"
+            what = (
+                "the adapter brings its own values for this weight"
+                if target in self.values
+                else "the fold unties this weight"
+            )
+            message = (
+                f"{what}, and the base stores the weight as {into.codec}, which holds no plain weight in this place"
+            )
             raise StateError(message, module=target.removesuffix(".weight"), format=into.label, remedy=_DENSE)
         part = Part(target, output, into, into, rotate=self.rotate.get(target))
         outputs = checkpoint_tensors.checkpoint_shapes(output, into)

@@ -162,7 +162,9 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
         raise damaged(why=f"it holds the tensors {', '.join(found)}, but describes {printable(', '.join(own))}")
     tensors = tables | {name: tensor_of(raw, own[name]) for name, raw in found.items()}
     before = EncodedWeight(f, {name: tensors[name] for name in told})
-    if before.fingerprint != facts.get("before") or (isinstance(f, PackageFormat) and evidence(before) != facts.get("bytes")):
+    if before.fingerprint != facts.get("before") or (
+        isinstance(f, PackageFormat) and evidence(before) != facts.get("bytes")
+    ):
         raise IntegrityError("the restored weight is not the one that was folded", format=f.label, remedy=_REPORT)
     return before
 

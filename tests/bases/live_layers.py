@@ -221,7 +221,9 @@ def test_memory_disk_and_the_live_model_agree(name: str, tmp_path: Path) -> None
     assert not differing(tensors(tmp_path / "bf16"), tensors(tmp_path / "after"))
 
 
-@pytest.mark.parametrize("name", [*(n for n in LOADED if n.startswith(("ct", "fp8"))), "ct-int4-group-asym", "hqq-4-g64-axis1"])
+@pytest.mark.parametrize(
+    "name", [*(n for n in LOADED if n.startswith(("ct", "fp8"))), "ct-int4-group-asym", "hqq-4-g64-axis1"]
+)
 def test_the_package_loads_what_a_fold_has_stored(name: str, tmp_path: Path) -> None:
     """The fold in the base's own format; transformers with the package dequantises each weight to what oftsurgery reads. transformers 5.23
     does not load HQQ's files, and hqq's own layers load them here.

@@ -149,7 +149,14 @@ def awq(weight: Tensor, *, group: int, version: str) -> Made:
 
 
 def hqq(
-    weight: Tensor, *, bits: float, group: int, axis: int, dtype: torch.dtype = torch.float16, wide: bool = False, **more: Any
+    weight: Tensor,
+    *,
+    bits: float,
+    group: int,
+    axis: int,
+    dtype: torch.dtype = torch.float16,
+    wide: bool = False,
+    **more: Any,
 ) -> Made:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 

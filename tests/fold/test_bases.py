@@ -11,14 +11,12 @@ import shutil
 import warnings
 import weakref
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import (
-    adapted,
     decoded,
     differing,
     file_bytes,

@@ -178,7 +178,7 @@ def _statistics(most: Tensor, dtype: torch.dtype, *, powers: bool) -> tuple[Tens
     return scale, factor if dtype == torch.float32 and not powers else None
 
 
-def of_compressed(most: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def of_compressed(most: Tensor, _: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """compressed-tensors' choice."""
     scale = most / _MOST
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale), None
