@@ -143,8 +143,8 @@ def fold_checkpoint(
 
     Args:
         source: a folder with ``config.json`` and safetensors shards of transformers or diffusers, plain or
-            bitsandbytes-quantised, or quantised by GPTQ, AWQ, HQQ, compressed-tensors, torchao or in FP8, whose formats are read and
-            not written; a folder with a pipeline of diffusers (``model_index.json``); or a Hub id. None: the base that
+            bitsandbytes-quantised, or quantised by GPTQ, AWQ, HQQ, compressed-tensors, torchao or in FP8 (``"same"`` keeps the formats
+            of HQQ, compressed-tensors and FP8 alone); a folder with a pipeline of diffusers (``model_index.json``); or a Hub id. None: the base that
             the adapter's config names, at the revision that it names.
         adapter: as for :func:`fold`; several adapters are the live chain. In a pipeline, names and shapes decide which model a
             module belongs to.

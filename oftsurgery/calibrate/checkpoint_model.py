@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oftsurgery.errors import CalibrationError, needs, printable
+from oftsurgery.errors import CalibrationError, StateError, needs, printable
 from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.stores.dequantised import from_pretrained
@@ -28,6 +28,12 @@ def calibrated_jobs(plan: CheckpointPlan) -> dict[str, Job]:
     Raises:
         StateError: there is none.
     """
+    if plan.source.stored_as is not None and plan.format == "same":
+        raise StateError(
+            f"a calibration chooses among the levels of bitsandbytes' formats, and this fold keeps the format of {plan.source.stored_as}",
+            path=plan.source.folder,
+            remedy="leave out the calibration (--calibration): the rounding 'preserve' needs no data; or choose format='nf4' or 'int8' (--format nf4)",
+        )
     rotated = [(p.rotate, p.into) for p in plan.parts if p.rotate is not None]
     jobs: dict[str, Job] = {rotate.path: (rotate.chain, into) for rotate, into in rotated if rotate.takes_inputs(into)}
     check_wanted(jobs)

@@ -32,7 +32,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import ENOUGH, HALF, FoldRecord
 from oftsurgery.stores import peft_live
-from oftsurgery.stores.dequantised import dequantised
+from oftsurgery.stores.dequantised import DequantisedCheckpoint, dequantised
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.modules import modules_of
@@ -342,6 +342,10 @@ def open_store(base: Model) -> Store:
 def weight_at(store: Store, path: str) -> EncodedWeight | None:
     """The stored weight of the module at ``path``; None where the store has no such weight."""
     name = name_at(store, path)
+    if isinstance(store, FolderStore) and isinstance(store.source, DequantisedCheckpoint) and name is not None:
+        held = store.source.held.get(store.holder(name))
+        if held is not None and held.quantiser is not None:
+            return store.source.stored(store.holder(name))
     return None if name is None else store.weight(name, WeightFormat("dense", ()))
 
 

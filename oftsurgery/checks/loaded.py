@@ -28,6 +28,7 @@ from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
 
+from .package_weights import CheckedCheckpoint, Held
 from .tool_names import Rows, ToolNames
 
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
@@ -49,10 +50,13 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One weight, and its stored tensors by the ends of their names; ``parts`` is None for a computed weight."""
+    """One weight, and its stored tensors by the ends of their names; ``parts`` is None for a computed weight, and ``held`` says how
+    another package than bitsandbytes stores the weight, whose plain values ``weight`` then has.
+    """
 
     weight: EncodedWeight
     parts: Mapping[str, Tensor] | None = None
+    held: Held | None = None
 
 
 def _plain(tensor: Tensor) -> StoredTensor:
@@ -258,6 +262,9 @@ class LoadedCheckpoint:
                 self._converted = (None, {})
                 self._converted = (source, self._convert(source, self.checkpoint.read))
             return _plain(self._converted[1][name])
+        if isinstance(self.checkpoint, CheckedCheckpoint) and source in self.checkpoint.held:
+            held, parts = self.checkpoint.held[source], self.checkpoint.parts(source)
+            return StoredTensor(codecs.dense(held.values(held.codes(parts))), parts, held)
         tensors = {n: self.checkpoint.read(n) for n in self._parts[source]}
         weight, module = tensors[source], source.removesuffix("weight")
         if len(tensors) == 1:

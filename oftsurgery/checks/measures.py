@@ -126,8 +126,8 @@ def step_error(stored: EncodedWeight, exact: Tensor) -> float:
     """The relative error of a weight whose values lie anywhere between two levels of its format: the root of
     ``Σ step² / 12`` over the steps that hold the exact values, at the stored scales. 0 for a dense format.
     """
-    if not stored.format.quantised:
-        return 0.0
+    if not stored.format.kind.has_levels:
+        return stored.format.kind.step_error(stored, exact)
     grid = codecs.grid_of(stored)
     levels, scales = grid.levels.to(torch.float64), grid.scales.to(torch.float64)
     size = grid.blocksize

@@ -8,6 +8,7 @@ each tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from .adapter_effects import AdapterEffects
 from .base_loading import Loading, dtype_in_config
 from .checkpoint_report import CheckpointReport, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
+from .package_weights import Codes, read_again
 from .verify_files import file_checks
 from .verify_report import VerifyReport
 
@@ -106,6 +108,8 @@ def begin_comparison(
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_beside(folded)
+    alike = folded.stored_as == base.stored_as
+    folded, base = read_again(folded, idle=alike), read_again(base, idle=alike)
     adapters = _at_recorded_strength(adapters, record)
     loading = Loading(record, folded, base)
     base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
@@ -255,6 +259,7 @@ class Comparison:
             check = self._as_replaced if replaced else self._as_turned
             return TensorCheck("replaced", check(name, before, stored))
         same = before.parts is not None and before.weight.format == stored.weight.format
+        same = same and (before.held is None) == (stored.held is None)
         kind = kind if kind == "tied" else "copied" if same else "converted"
         found = self.done[source, now] = TensorCheck(kind, self._unchanged(name, before, stored))
         return found
@@ -292,6 +297,7 @@ class Comparison:
         if decoded.shape != exact.shape:
             return f"the weight's shape is {tuple(decoded.shape)}, but {tuple(exact.shape)} in the source"
         plain = codecs.encode(exact, into)
+        codes = None if stored.held is None else stored.held.codes(stored.parts or {})
         modules = self.record.modules if self.record is not None else {}
         module = modules.get(path, modules.get(name.removesuffix(".weight")))
         own_base = self.base.read(name).weight.format
@@ -303,18 +309,22 @@ class Comparison:
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
         check = self.modules[name.removesuffix(".weight") if group else path] = WeightCheck(
             error,
-            rounding=measures.relative(codecs.decode(plain), exact),
+            rounding=measures.relative(codecs.decode(plain), exact)
+            if codes is None
+            else _rounding(stored, codes, exact),
             recorded=None if module is None else own.fingerprint == module.after,
             calibrated=module.error if module is not None and module.rounding == "calibrated" else None,
             rho=error / changed if changed else None,
             kept=measures.kept(decoded, start, exact),
             change=float((exact - start.to(torch.float64)).norm()),
-            format=into.label,
-            steps=measures.step_error(own, exact),
+            format=into.label if codes is None else str(self.folded.checkpoint.stored_as),
+            steps=measures.step_error(own, exact) if codes is None else codes.step_error(exact),
         )
         if not check.passes(self.tolerance):
             recorded = "" if check.recorded is not False else "; the record has another hash"
             return f"the relative error is {error:.2e}, and the rounding to the format explains {check.rounding:.2e}{recorded}"
+        if codes is not None:
+            return self._wrong_scales(codes, before, exact) or _parts_unlike(stored, before, fixed=True)
         if not into.quantised:
             return self._wrong_dtype(before, into.dtype)
         same = replace(before.weight.format, nested_blocksize=into.nested_blocksize)
@@ -326,6 +336,15 @@ class Comparison:
         # the companions may be the source's (old releases write fewer) or those that are written now
         found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
+
+    def _wrong_scales(self, codes: Codes, before: StoredTensor, exact: Tensor) -> str | None:
+        """What is wrong with the scales of a weight in a package's layout, or None: both the package's choice for the values and the
+        source's own scales are right.
+        """
+        own = before.held.codes(before.parts or {}).scale if before.held is not None else None
+        if codes.scales_fit(exact) or (own is not None and torch.equal(own, codes.scale)):
+            return None
+        return "the scales are neither the source's nor those that the package gives to the exact values"
 
     def _of_group(self, name: str, group: Collection[str]) -> Tensor:
         """The exact weight ``name`` of a group; the whole group is rotated when its first weight is asked for."""
@@ -394,6 +413,8 @@ class Comparison:
             if self._changed_format(before.weight.format, stored.weight.format):
                 before = StoredTensor(codecs.encode(codecs.decode(before.weight), stored.weight.format))
             return _parts_unlike(stored, before)
+        if before.held is not None and stored.held is not None:
+            return _parts_unlike(stored, before)
         want, got = before.weight.tensors["weight"], stored.weight.tensors["weight"]
         if before.weight.format.quantised:
             want = codecs.decode(before.weight)
@@ -424,6 +445,14 @@ class Comparison:
         )
 
 
+def _rounding(stored: StoredTensor, codes: Codes, exact: Tensor) -> float:
+    """The relative error of storing ``exact`` in a package's layout, with the scales and zeros that are stored."""
+    assert stored.held is not None  # noqa: S101 - the codes are of such a weight
+    error = measures.relative(stored.held.values(codes.of(exact)), exact)
+    slack = torch.as_tensor(codes.slack, dtype=torch.float64).expand(exact.shape)
+    return math.hypot(error, float(slack.norm() / exact.norm()))
+
+
 def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> EncodedWeight:
     """A weight as ``(out, in)``."""
     weight = encoded.tensors["weight"]
@@ -432,6 +461,14 @@ def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> Enco
     if weight.ndim == 4:
         return codecs.dense(weight.flatten(1))
     return codecs.dense(weight.t()) if loaded.transposed(name) else encoded
+
+
+#: ends of the names of the tensors that say how a weight is stored, whatever its values are
+_CONSTANT = (
+    "quant_map", "weight_format", "weight_shape", "weight_g_idx", "axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size",
+    "nbits", "offload_meta", "optimize", "packing", "quant_scale", "quant_zero", "round_zero", "shape", "stores_quant_config",
+    "unpack_view_dtype", "view_as_float",
+)  # fmt: skip
 
 
 def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool = False) -> str | None:
@@ -445,7 +482,7 @@ def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool =
         a, b = got[name], want[name]
         if "quant_state" in name:
             alike = fixed or unpack_state(a, name) == unpack_state(b, name)
-        elif fixed and not name.endswith(("quant_map", "weight_format")):
+        elif fixed and not name.endswith(_CONSTANT):
             alike = a.dtype == b.dtype and a.shape == b.shape
         else:
             alike = _same(a, b)

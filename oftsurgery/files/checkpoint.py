@@ -102,6 +102,11 @@ class Checkpoint:
         return None
 
     @property
+    def as_stored(self) -> Checkpoint:
+        """The checkpoint with the names and tensors of its files, where this one is read dequantised."""
+        return self
+
+    @property
     def labels(self) -> Mapping[str, str]:
         """``{name of a weight that is read dequantised: how the weight is stored}``, for people."""
         return {}

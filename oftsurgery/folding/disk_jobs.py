@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from oftsurgery.dtypes import DTYPES, FLOATS
-from oftsurgery.errors import FormatError, MatchError, printable
+from oftsurgery.errors import FormatError, MatchError, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import checkpoint_tensors
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.conversion import Unit, check_known
+from oftsurgery.stores.dequantised import DequantisedCheckpoint
 from oftsurgery.stores.folder import FolderStore
 
 from .folder_writer import Outputs
@@ -75,6 +76,7 @@ class Job:
         transposed: whether a plain weight is held ``(in, out)``.
         unit: the unit of the tensors, or None.
         origin: the store that is read, where it is not the plan's store.
+        copied: the checkpoint whose bytes are copied.
         values: a tensor to write for which nothing is read.
     """
 
@@ -85,12 +87,22 @@ class Job:
     transposed: bool = False
     unit: Unit | None = None
     origin: FolderStore | None = None
+    copied: Checkpoint | None = None
     values: Tensor | None = None
+
+
+_DENSE = "choose format='bf16' or 'fp16' (--format bf16) for the exactly rotated weights, or format='nf4' or 'int8' (--format nf4) for 4 or 8 bits"
+
+
+def not_written(label: str, module: str | None, source: Checkpoint) -> StateError:
+    """The error for a weight whose package's layout cannot take the rotated values."""
+    message = f"the base is stored as {source.stored_as}, which oftsurgery reads and does not write"
+    return StateError(message, module=module, format=label, path=source.folder, remedy=_DENSE)
 
 
 def copy_job(source: Checkpoint, name: str) -> Job:
     entry = source.entries[name]
-    return Job(name, {name: (DTYPES[entry.dtype], entry.shape)}, entry.nbytes)
+    return Job(name, {name: (DTYPES[entry.dtype], entry.shape)}, entry.nbytes, copied=source)
 
 
 @dataclass(eq=False)
@@ -115,6 +127,9 @@ class JobBuilder:
         self.shapes = {} if self.changes.vocabulary is None else self.changes.vocabulary.shapes
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
+        source, same = self.store.source, self.target.format == "same"
+        self.package = source if same and isinstance(source, DequantisedCheckpoint) else None
+        self.held = {} if self.package is None else self.package.held  # weights that stay in a package's layout
         self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
 
     def jobs(self) -> list[Job]:
@@ -133,8 +148,12 @@ class JobBuilder:
                 done.update(group)
                 if target in self.touched or self._converts(target, name):
                     made.append(self._of_tensor(target, name, name, group))
+                elif name in self.held:
+                    made += [copy_job(self.store.source.as_stored, n) for n in self.held[name].tensors.values()]
                 else:
                     made += [self._plain(n) for n in group]
+        if self.package is not None:
+            made += [copy_job(self.package.as_stored, name) for name in self.package.idle]
         made += [self._untied(name) for name in self._to_untie()]
         made += [self._added(name, shape) for name, shape in self.store.added.items()]
         return made
@@ -182,6 +201,8 @@ class JobBuilder:
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
+        if name in self.held:
+            return self._of_package(target, name, output)
         entry = self.entries[name]
         if target in self.changes.dequantised:
             return self._dequantised(target, name, output, group)
@@ -198,6 +219,29 @@ class JobBuilder:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
             outputs = {output: (part.into.dtype, shape)}
         return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
+
+    def _of_package(self, target: str, name: str, output: str) -> Job:
+        """The job of a weight that stays in the layout of another package."""
+        assert self.package is not None  # noqa: S101 - it holds the weight
+        into = self.package.format(name)
+        if self.held[name].quantiser is None and target in self.rotate:
+            raise not_written(into.label, target.removesuffix(".weight"), self.package)
+        if name in self.architecture.transposed:
+            message = f"the model's class holds this weight (in, out), and no quantiser of {into.codec} does"
+            raise StateError(message, module=target.removesuffix(".weight"), format=into.label, remedy=_DENSE)
+        if target in self.values or output != name:
+            what = (
+                "the adapter brings its own values for this weight"
+                if target in self.values
+                else "the fold unties this weight"
+            )
+            message = (
+                f"{what}, and the base stores the weight as {into.codec}, which holds no plain weight in this place"
+            )
+            raise StateError(message, module=target.removesuffix(".weight"), format=into.label, remedy=_DENSE)
+        part = Part(target, output, into, into, rotate=self.rotate.get(target))
+        outputs = checkpoint_tensors.checkpoint_shapes(output, into)
+        return Job(name, outputs, sum(self.package.as_stored.entries[n].nbytes for n in outputs), (part,))
 
     def _dequantised(self, target: str, name: str, output: str, group: Sequence[str]) -> Job:
         """The job of a weight that is stored quantised, and takes an adapter's own values: they stay plain."""
@@ -233,6 +277,10 @@ class JobBuilder:
         """The job of tensors that transformers converts: the outputs have the stored names, or the model's names where
         loading quantises one of the tensors.
         """
+        held = next((name for name in unit.stored if name in self.held), None)
+        if held is not None:
+            message = "transformers converts this weight at loading, and no converted weight goes back into its package's layout"
+            raise StateError(message, tensor=held, format=self.held[held].label, remedy=_DENSE)
         split_up = self.target.dense is None and any(self.store.quantises(name) for name in unit.model)
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)

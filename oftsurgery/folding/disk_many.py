@@ -235,8 +235,8 @@ def _read(users: list[_Fold], job: Job) -> tuple[list[_Fold], Any]:
     """What several folds read for a job, or the error; bytes to copy are given as a tensor, which all of them can write."""
     run = users[0].run
     try:
-        copied = not job.parts and len(users) > 1
-        return users, run.plan.source.read(job.name) if copied else run.load(job)
+        shared = job.copied if len(users) > 1 else None
+        return users, run.load(job) if shared is None else shared.read(job.name)
     except Exception as error:  # of any kind: it ends one fold, and the caller gets it
         return users, error
 

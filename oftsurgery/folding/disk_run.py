@@ -26,10 +26,12 @@ from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, ModuleRecord, versions
 from oftsurgery.records.record_file import public_info
 from oftsurgery.stores import configs
+from oftsurgery.stores.dequantised import DequantisedCheckpoint, config_as_stored
 from oftsurgery.stores.folder import canonical, load_weight
 from oftsurgery.weights.calibrate import InputsOf
 from oftsurgery.weights.fold import fold_encoded
@@ -308,7 +310,9 @@ class Run:
                     writer.append(facts["undo"], staging.chunks(undo_part(shard)))
                 tied = plan.store.architecture.tied
                 config = plan.source.config
-                if plan.format != "same":
+                if plan.format == "same":
+                    config = config_as_stored(plan.source, config)
+                else:
                     config = configs.output_config(config, plan.format, plan.store.quantization, untied=False)
                 writer.finish(
                     record,
@@ -327,13 +331,15 @@ class Run:
 
     def load(self, job: Job) -> Any:
         store = job.origin or self.plan.store
-        if not job.parts:
-            return store.source.chunks(job.name)
+        if job.copied is not None:
+            return job.copied.chunks(job.name)
         if job.values is not None:
             return [codecs.dense(job.values)]
         if job.unit is not None:
             made, tied = store.read_unit(job.unit), store.architecture.tied
             return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
+        if isinstance(job.parts[0].home, PackageFormat) and isinstance(store.source, DequantisedCheckpoint):
+            return [store.source.stored(job.name)]
         if job.parts[0].matrix:
             return [load_weight(store.source, job.name, transposed=job.transposed)]
         return [codecs.dense(store.source.read(job.name))]
@@ -362,6 +368,7 @@ class Run:
         new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
         if part.rotate is not None:
             as_stored = part.base is None and job.unit is None and part.output == job.name
+            as_stored = as_stored and not isinstance(part.into, PackageFormat)
             beside = _beside(self.plan.source, job.name, before) if as_stored and operation.undo is not None else None
             return operation.rotate(part.rotate, new, part.into, before, beside)
         if new.format == part.into:

@@ -19,6 +19,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_beside
 from oftsurgery.stores import configs
+from oftsurgery.stores.dequantised import config_as_stored
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.ties import FLAG
 
@@ -48,7 +49,7 @@ def plan_unfold(
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
     jobs = JobBuilder(store, replace(changes, replace=changes.turned)).jobs()
-    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes, _carried(folded))
+    plan = make_plan(store, jobs, config_as_stored(folded, folded.config), max_shard_bytes, _carried(folded))
     return replace(plan, changes=changes, rounding=rounding)
 
 
@@ -82,14 +83,15 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
         if any(part.name in wanted for part in job.parts):
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
-        elif all(n in folded.entries and n not in record.added for n in job.outputs):
+        elif all(n in folded.as_stored.entries and n not in record.added for n in job.outputs):
             # untouched by the fold: the folded checkpoint's own bytes
-            jobs += [copy_job(folded, n) for n in job.outputs]
+            jobs += [copy_job(folded.as_stored, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
     shapes = {o.name: origin.shape(o.at) for found in wanted.values() for o in found}
     vocabulary = store.vocabulary({store.locate([n]).get(n, n): shape for n, shape in shapes.items()})
     config = configs.restored_config(folded.config, base.config, head=bool(record.added), vocabulary=vocabulary)
+    config = config_as_stored(folded, config)
     carried = carried_of(folded)
     if _brought(record):
         carried = restore_tokenizer(carried, carried_of(base))
@@ -139,7 +141,7 @@ def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]
     if not any(weights.get(part.name) for part in job.parts):
         return
     for name, (dtype, shape) in job.outputs.items():
-        there = folded.entries.get(name)
+        there = folded.as_stored.entries.get(name)
         alike = there is not None and shape in (None, there.shape) and DTYPES[there.dtype] == dtype
         if not alike:
             raise engine.other_format("checkpoint", tensor=name)
@@ -171,7 +173,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     touched = {name: given.removesuffix(".weight") in undo.weights for name, (given, _) in restored.items()}
     jobs = []
     for job in JobBuilder(store, FoldPlan(), touched=touched | dict.fromkeys(checks, True)).jobs():
-        if ({p.name for p in job.parts} or {store.architecture.renamed[job.name]}) <= dropped:
+        if ({p.name for p in job.parts} or {store.architecture.renamed.get(job.name, job.name)}) <= dropped:
             continue
         for part in job.parts:
             if part.name in restored:
@@ -179,7 +181,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
             elif part.name in checks:
                 job = _with_part(job, replace(part, check=checks[part.name]))
         jobs.append(job)
-    config = dict(undo.config or folded.config)
+    config = config_as_stored(folded, undo.config or folded.config)
     if not undo.config and undo.tie_word_embeddings is not None:
         config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
     return replace(make_plan(store, jobs, config, max_shard_bytes, _carried(folded)), undone=undo)
@@ -204,7 +206,7 @@ def _undone_job(
         job = replace(job, outputs={part.output: (dtype, undo.shape(name, part.into.shape))})
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))
-    before = undo.format(path, part.into.shape)
+    before = undo.format(path, part.into)
     outputs = dict(checkpoint_tensors.checkpoint_shapes(part.output, before) if before.quantised else job.outputs)
     beside = {}
     for suffix, tensor in undo.files(path).items():

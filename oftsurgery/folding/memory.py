@@ -135,9 +135,10 @@ def _package_in(modules: Mapping[str, nn.Module], format: str) -> str | None:
         )
     if package is not None and format == "same":
         raise StateError(
-            f"the model's weights are stored as {package}, which oftsurgery reads and does not write",
+            f"the model's weights are stored as {package}, which oftsurgery reads and does not write in memory",
             format=format,
-            remedy="choose format='bf16' or 'fp16' for the exactly rotated weights, or format='nf4' or 'int8' for 4 or 8 bits",
+            remedy="choose format='bf16' or 'fp16' for the exactly rotated weights, or format='nf4' or 'int8' for 4 or 8 bits; a fold of the "
+            "checkpoint on disk (oftsurgery.fold_checkpoint) also keeps the formats of hqq, compressed-tensors and fp8",
         )
     return package
 

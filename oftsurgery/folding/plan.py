@@ -56,7 +56,7 @@ class Rotate:
         """Whether the layer's inputs can decide the rounding to ``into``: the format has codes to choose, and the model
         multiplies the inputs by the weight.
         """
-        return into.quantised and self.chain[0].side != "embedding"
+        return into.kind.has_levels and self.chain[0].side != "embedding"
 
 
 @dataclass(frozen=True, eq=False)

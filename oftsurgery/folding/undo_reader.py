@@ -67,10 +67,10 @@ class UndoRecord:
         same = self.weights[path].get("same_as")
         return None if same is None else str(same)
 
-    def format(self, path: str, shape: tuple[int, ...]) -> WeightFormat:
-        """The format in which the weight of ``path``, of ``shape``, is stored without the fold."""
+    def format(self, path: str, folded: WeightFormat) -> WeightFormat:
+        """The format in which the weight of ``path`` is stored without the fold; with the fold, it is stored as ``folded``."""
         with self._told_of(path):
-            return undo.read_format(self.weights[path].get("format"), shape)
+            return undo.read_format(self.weights[path].get("format"), folded)
 
     def is_of(self, record: FoldRecord) -> bool:
         """Whether this undo record belongs to the fold of ``record``."""

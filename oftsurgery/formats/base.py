@@ -45,6 +45,7 @@ class Format:
     name = "dense"  #: key of FORMATS
     quantised = True
     roundings: tuple[str, ...] = ("nearest",)  #: that the format knows
+    has_levels = True  #: whether all blocks share one table of levels
     scales_name = ""  #: local name of the tensor that holds the blocks' scales
     unit = 1.0  #: the number whose level is 1
     codes_per_element = 1  #: codes in one element of the stored tensor
@@ -136,6 +137,14 @@ class Format:
     def good_scales(self, blocks: Tensor) -> Tensor:
         """Scales ``(k,)`` with which blocks ``(k, block)`` have a small rounding error."""
         return blocks.abs().amax(-1)
+
+    def step_error(self, encoded: EncodedWeight, exact: Tensor) -> float:
+        """:func:`oftsurgery.checks.measures.step_error` for a format without levels."""
+        return 0.0
+
+    def hashed(self, encoded: EncodedWeight) -> Mapping[str, Tensor]:
+        """The tensors whose hash is that of the weight in records."""
+        return encoded.tensors
 
     # --- in a checkpoint ---
 

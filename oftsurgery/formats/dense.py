@@ -17,6 +17,7 @@ class Dense(Format):
     """The tensor ``weight`` in the weight's shape and a float dtype."""
 
     quantised = False
+    has_levels = False
 
     def layout(self, f: WeightFormat) -> Layout:
         return {"weight": (f.dtype, f.shape)}

@@ -116,8 +116,10 @@ class EncodedWeight:
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of the tensors, :func:`~oftsurgery.hashing.hash_tensors`."""
-        return hash_tensors(self.tensors)
+        """Content hash of the tensors, :func:`~oftsurgery.hashing.hash_tensors`; of the dequantised weight where another package than
+        bitsandbytes stores it.
+        """
+        return hash_tensors(self.format.kind.hashed(self))
 
     @property
     def scales(self) -> Tensor:

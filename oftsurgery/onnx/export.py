@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
+from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.reading import inside, read_json
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.files.tokenizer_files import tokenizer_files
@@ -27,10 +28,11 @@ from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
+from oftsurgery.stores.dequantised import dequantised, from_pretrained
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.modules import inner_model
 from oftsurgery.stores.peft_live import LiveAdapters
-from oftsurgery.stores.skeleton import quiet
+from oftsurgery.stores.skeleton import quiet, readable_config
 
 from . import run as onnx_run
 from .capture import capture_graph
@@ -191,7 +193,8 @@ def export_model(
 
 
 def load_model(folder: Path) -> nn.Module:
-    """Load the model of a checkpoint's folder with transformers, in the dtype and the quantisation of the files.
+    """Load the model of a checkpoint's folder with transformers, in the dtype and the quantisation of the files; where another package than
+    bitsandbytes quantised the weights, dequantised.
 
     Raises:
         CheckpointError: transformers does not have the model's class, or the checkpoint lacks weights.
@@ -205,11 +208,14 @@ def load_model(folder: Path) -> nn.Module:
         message = f"transformers does not have the model's class, {printable(names[0])}"
         remedy = "load the model in Python and call oftsurgery.export_onnx(model, …)"
         raise CheckpointError(message, path=folder, remedy=remedy)
-    settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    source = dequantised(open_checkpoint(folder))
+    settings: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
     remedy = "`oftsurgery doctor FOLDER` finds what is wrong with the checkpoint"
     try:
         with quiet():
-            model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
+            config = transformers.AutoConfig.for_model(**readable_config(source.config)) if source.stored_as else None
+            loaded: Any = from_pretrained(cls, source, config, **settings)
+            model, found = loaded
     except (OSError, ValueError, RuntimeError) as error:
         message = f"transformers cannot load the checkpoint: {printable(error, 400)}"
         raise CheckpointError(message, path=folder, remedy=remedy) from error

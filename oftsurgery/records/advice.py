@@ -26,6 +26,7 @@ _FINER: Mapping[str, tuple[tuple[str, int], ...]] = {
     "int8": (("bf16", 2),),
     "bfloat16": (("fp32", 2),),
     "float16": (("fp32", 2),),
+    **dict.fromkeys(("hqq", "compressed-tensors", "fp8"), (("bf16", 0),)),  # of many sizes
 }
 _QUANTISED = ("nf4", "fp4", "int8")
 
@@ -155,7 +156,8 @@ def remedies(case: Case, *, commands: bool | None = None) -> tuple[Remedy, ...]:
             calibration=texts,
         )
     for format_, larger in _FINER.get(codec, ()):
-        again(f"store the weights in {format_}, which is {larger} × as large and has finer steps", format=format_)
+        size = f"is {larger} × as large and " if larger else ""
+        again(f"store the weights in {format_}, which {size}has finer steps", format=format_)
     if case.adapters:
         given = _adapters(case)
         found.append(Remedy("keep the adapter live on the base, in Python", f"oftsurgery.wrap(model, {given})"))
@@ -226,7 +228,7 @@ def _command(case: Case, settings: Mapping[str, Any], words: Mapping[str, Sequen
 
 def _codec(label: str) -> str:
     """The format's name without its settings: ``"nf4"`` of ``"nf4 (double quantisation)"``."""
-    return label.partition(" ")[0]
+    return label.partition(" ")[0].removesuffix(",")
 
 
 def _settings_of(record: FoldRecord, label: str, *, on_disk: bool) -> dict[str, Any]:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import DTYPE_NAMES, DTYPES
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.pipeline import Pipeline, open_pipeline
 from oftsurgery.files.reading import TensorEntry, read_header
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.formats.packages.methods import METHODS, REMEDIES, idle_tensors
+from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.formats.packages.stored import SAVE_AGAIN, Source, Stored
 
 from .folder import load_dtype
@@ -33,19 +36,32 @@ class DequantisedCheckpoint(Checkpoint):
     Attributes:
         packed: the checkpoint as it is stored.
         held: ``{name of a weight: the stored weight}``.
+        idle: the names of the stored tensors that only the package needs.
         method: ``quant_method`` of the config.
     """
 
     packed: Checkpoint | None = None
     held: Mapping[str, Stored] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     method: str | None = None
 
     def read(self, name: str) -> Tensor:
         stored = self.held.get(name)
-        if stored is None:
-            return super().read(name)
-        assert self.packed is not None  # noqa: S101 - such a checkpoint has one
-        return stored.decode({local: self.packed.read(own) for local, own in stored.tensors.items()}).contiguous()
+        return super().read(name) if stored is None else stored.decode(self._tensors(stored)).contiguous()
+
+    def stored(self, name: str) -> EncodedWeight:
+        """A weight of :attr:`held` as it is stored."""
+        return EncodedWeight(self.format(name), self._tensors(self.held[name]))
+
+    def format(self, name: str) -> PackageFormat:
+        """The format of a weight of :attr:`held`."""
+        stored, entries = self.held[name], self.as_stored.entries
+        tensors = {local: entries[own] for local, own in stored.tensors.items()}
+        layout = {local: (DTYPES[entry.dtype], entry.shape) for local, entry in tensors.items()}
+        return PackageFormat(str(self.method), stored.shape, stored.dtype, stored=stored, entries=layout)
+
+    def _tensors(self, stored: Stored) -> dict[str, Tensor]:
+        return {local: self.as_stored.read(own) for local, own in stored.tensors.items()}
 
     def chunks(self, name: str) -> Iterator[bytes]:
         if name not in self.held:
@@ -54,9 +70,13 @@ class DequantisedCheckpoint(Checkpoint):
             yield self.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
 
     @property
-    def nbytes(self) -> int:
+    def as_stored(self) -> Checkpoint:
         assert self.packed is not None  # noqa: S101 - such a checkpoint has one
-        return self.packed.nbytes
+        return self.packed
+
+    @property
+    def nbytes(self) -> int:
+        return self.as_stored.nbytes
 
     @property
     def stored_as(self) -> str | None:
@@ -68,8 +88,7 @@ class DequantisedCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> dict[str, Any]:
-        assert self.packed is not None  # noqa: S101 - such a checkpoint has one
-        return self.packed.identity
+        return self.as_stored.identity
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:
@@ -81,6 +100,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     settings = next((checkpoint.config[name] for name in _SETTINGS if checkpoint.config.get(name)), None)
     method = method_of(settings)
     if not isinstance(settings, Mapping) or method in (None, "bitsandbytes"):
+        _check_plain(checkpoint)
         return checkpoint
     if method not in METHODS:
         raise FormatError(
@@ -109,8 +129,49 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     own["config"] = MappingProxyType({k: v for k, v in checkpoint.config.items() if k not in _SETTINGS})
     if method == "gptq":
         held = _as_in_class(own["config"], held)
-    own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle_tensors(method, entries)}))
-    return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), method=method)
+    idle = tuple(idle_tensors(method, entries))
+    own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle}))
+    return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), idle=idle, method=method)
+
+
+#: ``{end of a tensor's name: the packages that write such tensors}``
+_MARKS = {
+    ".qweight": "GPTQ or AWQ",
+    ".W_q": "HQQ",
+    ".weight_packed": "compressed-tensors",
+    "._weight_qdata": "torchao",
+}
+
+
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose tensors are a package's, and whose config names no package.
+
+    Raises:
+        FormatError: there is such a tensor.
+    """
+    for name, entry in checkpoint.entries.items():
+        package = next((package for end, package in _MARKS.items() if name.endswith(end)), None)
+        if entry.dtype == "I8" and name.endswith(".weight") and f"{name}_scale" in checkpoint.entries:
+            package = "compressed-tensors"
+        if package is not None:
+            raise FormatError(
+                f"the tensors are those of {package}, and config.json does not say how the weights are quantised",
+                tensor=name,
+                path=checkpoint.folder,
+                remedy="restore the config.json of these weights, with its `quantization_config`",
+            )
+
+
+def open_models(folder: Path, variant: str | None = None) -> Pipeline:
+    """The pipeline in a folder; each of its models is read as :func:`dequantised` reads it."""
+    pipeline = open_pipeline(folder, variant)
+    return replace(pipeline, models={name: dequantised(model) for name, model in pipeline.models.items()})
+
+
+def config_as_stored(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the settings of the package whose layout ``source`` has."""
+    own = source.as_stored.config if source.stored_as is not None else {}
+    return {**config, **{name: own[name] for name in _SETTINGS if name in own}}
 
 
 def from_pretrained(cls: Any, checkpoint: Checkpoint, config: Any, **settings: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Layers of a live model whose weights another package than bitsandbytes holds quantised: read, and never written. Plain layers with the
+"""Layers of a live model whose weights another package than bitsandbytes holds quantised are read, and never written. Plain layers with the
 weights that the package's own dequantisation gives take their places.
 """
 

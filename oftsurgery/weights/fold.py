@@ -15,6 +15,7 @@ from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.records.record import ModuleRecord
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
@@ -129,6 +130,8 @@ def fold_encoded(
         raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
+    if isinstance(into, PackageFormat):
+        return _by_package(encoded, chain, into, used, inverse=inverse)
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = in_weight_order(chain, inverse=inverse)
         fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
@@ -142,6 +145,16 @@ def fold_encoded(
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
         return _stored(encoded, codecs.decode(encoded), exact, chain, into, used)
+
+
+def _by_package(
+    encoded: EncodedWeight, chain: Sequence[WeightMap], into: PackageFormat, used: str, *, inverse: bool
+) -> FoldedWeight:
+    """:func:`fold_encoded` of a weight that stays in the layout of another package."""
+    base = codecs.decode(encoded)
+    plain = WeightFormat("dense", into.shape, base.dtype)
+    turned = fold_encoded(codecs.dense(base), chain, plain, inverse=inverse)
+    return replace(_stored(encoded, base, turned.encoded.tensors["weight"], chain, into, used), backend=turned.backend)
 
 
 def rotate_group(group: Sequence[EncodedWeight], chain: Sequence[WeightMap], *, inverse: bool = False) -> list[Tensor]:
@@ -204,6 +217,9 @@ def _preserved(
     """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
         return None
+    if isinstance(into, PackageFormat):
+        found = preserve.in_package(encoded, base, exact)
+        return None if found is None else FoldedWeight(found[0], 0.0, rounding="preserve", relaxation=found[1])
     own = preserve.scales_of(encoded, into)
 
     def rows_of(ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ from torch import Tensor
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.dtype_names import name_of
 from oftsurgery.dtypes import NAMED
-from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, printable
+from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, UndoError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.hashing import hash_bytes, hash_tensors
 
 from . import preserve
@@ -31,6 +32,8 @@ from .undo_prediction import MANTISSA, RELAXATION_BITS, code_floats, code_tensor
 from .undo_rotations import power_of_two, read_stages, write_stages
 from .undo_streams import Streams, bytes_of, damaged
 
+#: the dtypes of a record's tensors by name
+_DTYPES = {name_of(dtype): dtype for dtype in (*NAMED.values(), torch.float8_e4m3fn)}
 _REPORT = "unfold with base=…, and report this error with both models' formats"
 
 
@@ -95,7 +98,7 @@ def encode_weight(
     before, after, f = before.cpu(), after.cpu(), before.format
     tables = {k: bytes_of(before.tensors[k]) for k in f.kind.shared_tensors if k in before.tensors}
     facts: dict[str, Any] = {
-        "format": asdict(f) | {"shape": list(f.shape), "dtype": name_of(f.dtype), "storage": name_of(f.storage)},
+        "format": _facts_of_format(f),
         "before": before.fingerprint,
         "after": evidence(after),
         "tensors": {k: described(t) for k, t in before.tensors.items()},
@@ -104,6 +107,8 @@ def encode_weight(
         facts["tensors"][k]["table"] = hash_bytes(content)
     io = Streams()
     stored = [bytes_of(t) for k, t in before.tensors.items() if k not in tables]
+    if isinstance(f, PackageFormat):
+        facts["bytes"] = evidence(before)
     if _predictable(before, after):
         if relaxation is not None and preserve.applies(f, after.format):
             facts["relaxation"] = round(relaxation * power_of_two(RELAXATION_BITS))
@@ -132,12 +137,19 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
         IntegrityError: ``after`` is not the weight that the fold stored, or the result is not the weight that was folded.
     """
     facts, after = entry.facts, after.cpu()
+    form = facts.get("format")
+    if isinstance(form, dict) and "label" in form and not isinstance(after.format, PackageFormat):
+        raise UndoError(
+            f"the record restores a weight in the layout of {printable(form.get('codec'))}, in which the model does not hold the weight",
+            format=after.format.label,
+            remedy="unfold the checkpoint on disk, as it was written: oftsurgery.unfold_checkpoint",
+        )
     if evidence(after) != facts.get("after"):
         raise changed(
             "the weight is not the one that this record's fold left: another fold or another change lies on top, or the model is another",
             format=after.format.label,
         )
-    f = read_format(facts.get("format"), after.format.shape)
+    f = read_format(facts.get("format"), after.format)
     limit = 8 * math.prod(f.shape) + 4096
     if not isinstance(facts.get("tensors"), dict):
         raise damaged(why="`tensors` is no object")
@@ -157,7 +169,9 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
         raise damaged(why=f"it holds the tensors {', '.join(found)}, but describes {printable(', '.join(own))}")
     tensors = tables | {name: tensor_of(raw, own[name]) for name, raw in found.items()}
     before = EncodedWeight(f, {name: tensors[name] for name in told})
-    if before.fingerprint != facts.get("before"):
+    if before.fingerprint != facts.get("before") or (
+        isinstance(f, PackageFormat) and evidence(before) != facts.get("bytes")
+    ):
         raise IntegrityError("the restored weight is not the one that was folded", format=f.label, remedy=_REPORT)
     return before
 
@@ -165,6 +179,8 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
 def _predictable(before: EncodedWeight, after: EncodedWeight) -> bool:
     """Whether the prediction knows the weight's storage; a weight in another storage is recorded without prediction."""
     f, t = before.format, before.tensors
+    if isinstance(f, PackageFormat):
+        return f.kind.predictable and isinstance(after.format, PackageFormat)
     if len(f.shape) != 2 or f.shape != after.format.shape or min(f.shape) < 1:
         return False
     # codes, and tables that many weights share, may be of any dtype
@@ -235,12 +251,12 @@ def tensor_of(raw: bytes, about: Mapping[str, Any]) -> Tensor:
     """The mirror of :func:`bytes_of` and :func:`described`."""
     if len(raw) != _nbytes(about):
         raise damaged(why=f"a tensor has {len(raw)} bytes, not {_nbytes(about)}")
-    dtype, shape = NAMED[about["dtype"]], about["shape"]
+    dtype, shape = _DTYPES[about["dtype"]], about["shape"]
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 def _nbytes(about: Mapping[str, Any]) -> int:
-    return NAMED[about["dtype"]].itemsize * int(math.prod(about["shape"]))
+    return _DTYPES[about["dtype"]].itemsize * int(math.prod(about["shape"]))
 
 
 def _checked(about: Any, *, limit: int) -> dict[str, Any]:
@@ -266,8 +282,19 @@ def read_shape(about: Any, numel: int) -> tuple[int, ...]:
     return tuple(_checked(about, limit=_limit(numel))["shape"])
 
 
-def read_format(facts: Any, shape: tuple[int, ...]) -> WeightFormat:
-    """A format that a file names, for a weight of ``shape``."""
+def _facts_of_format(f: WeightFormat) -> dict[str, Any]:
+    if isinstance(f, PackageFormat):
+        return {"codec": f.codec, "shape": list(f.shape), "label": f.label}
+    return asdict(f) | {"shape": list(f.shape), "dtype": name_of(f.dtype), "storage": name_of(f.storage)}
+
+
+def read_format(facts: Any, folded: WeightFormat) -> WeightFormat:
+    """A format that a file names, for a weight that is stored as ``folded`` after the fold."""
+    shape = folded.shape
+    if isinstance(folded, PackageFormat):  # whose layout the fold keeps
+        if facts != _facts_of_format(folded):
+            raise damaged(why="the weight is stored in the layout of another package than before the fold")
+        return folded
     try:
         sizes = facts["blocksize"], facts["nested_blocksize"]
         f = WeightFormat(facts["codec"], shape, NAMED[facts["dtype"]], *sizes, NAMED[facts["storage"]])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.packages.package_format import PackageFormat
 
 from . import preserve
 from .undo_rotations import Stage, apply_stage, power_of_two
@@ -33,6 +34,9 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
     the prediction is the same before and after.
     """
     f, kind = after.format, after.format.kind
+    if isinstance(f, PackageFormat):
+        flat = kind.decode(after).reshape(-1)
+        return lambda first, end: flat[first:end].to(torch.float64)
     codes = kind.codes(after).contiguous().reshape(-1)
     if not f.quantised:
         return lambda first, end: codes[first:end].to(torch.float64)
@@ -100,6 +104,8 @@ def code_tensors(
     true: Mapping[str, Tensor] | None,
 ) -> dict[str, bytes]:
     """The bytes of all tensors except ``tables``, predicted; when writing, the function completes ``facts``."""
+    if isinstance(f, PackageFormat):
+        return _code_package(io, f, after, rotated_back(after, stages, 0, _relaxation(facts)), true)
     if not f.quantised:
         weight = None if true is None else true["weight"]
         return {"weight": code_floats(io, f.dtype, rotated_back(after, stages, 0), weight)}
@@ -110,11 +116,8 @@ def code_tensors(
             k: t.contiguous().reshape(-1).numpy() for k, t in true.items() if k not in ("weight", *kind.shared_tensors)
         }
         given["weight"] = kind.unpack_codes(true["weight"], n, facts).view(torch.uint8).numpy()
-    ranked, relaxation = kind.codes_by_level(facts), facts.get("relaxation")
-    fits = relaxation is None or (
-        type(relaxation) is int and 0 < relaxation < 1 << (RELAXATION_BITS + 17) and preserve.applies(f, after.format)
-    )
-    if ranked is None or not fits:
+    ranked, relaxation = kind.codes_by_level(facts), _relaxation(facts)
+    if ranked is None or not (relaxation is None or preserve.applies(f, after.format)):
         raise damaged(why="the facts of its codes or of the relaxation are wrong")
     kept = None if relaxation is None else _folded_scales(after)
     out: dict[str, bytes] = {}
@@ -149,6 +152,59 @@ def code_tensors(
         codes[here] = order[found]
     stored = kind.repack_codes(torch.from_numpy(codes).view(ranked.dtype), facts)
     return {"weight": bytes_of(stored), kind.scales_name: scales.tobytes(), **out}
+
+
+def _relaxation(facts: Any) -> int | None:
+    """The relaxation that ``facts`` name, if any."""
+    relaxation = facts.get("relaxation")
+    if relaxation is None or (type(relaxation) is int and 0 < relaxation < 1 << (RELAXATION_BITS + 17)):
+        return relaxation
+    raise damaged(why="the facts of the relaxation are wrong")
+
+
+def _code_package(
+    io: Streams,
+    f: PackageFormat,
+    after: EncodedWeight,
+    predicted: Iterator[tuple[int, Tensor]],
+    true: Mapping[str, Tensor] | None,
+) -> dict[str, bytes]:
+    """The bytes of the tensors of a weight in another package's layout: the codes by their differences from those that the original
+    scales and zeros give to the prediction, and the other tensors by their differences from those of the folded weight.
+    """
+
+    def differing(name: str, near: Array) -> Array:
+        own = None if true is None else (np.frombuffer(bytes_of(true[name]), np.uint8) ^ near).tobytes()
+        found: Array = near ^ np.frombuffer(io.raw(own, near.size), np.uint8)
+        return found
+
+    others = [name for name in f.entries if name != "weight"]
+    found = {n: differing(n, np.frombuffer(bytes_of(after.tensors[n]), np.uint8)).tobytes() for n in others}
+    beside = {
+        name: torch.frombuffer(bytearray(raw), dtype=f.entries[name][0]).reshape(f.entries[name][1])
+        for name, raw in found.items()
+    }
+    values = torch.cat([x for _, x in predicted]).to(torch.float32).reshape(f.shape)
+    quantiser = f.kind.quantiser
+    near = np.frombuffer(bytes_of(quantiser.stored(quantiser.grid(beside).nearest(values))), np.uint8)
+    if 8 % quantiser.bits:  # codes straddle bytes
+        return {"weight": differing("weight", near).tobytes(), **found}
+    own = None if true is None else np.frombuffer(bytes_of(true["weight"]), np.uint8)
+    whole = np.zeros_like(near)
+    for shift in range(0, 8, quantiser.bits):
+        centre = near >> shift
+        wanted = None if own is None else _wrapped((own >> shift) - centre, quantiser.bits)
+        read = io.symbols(None if wanted is None else np.where(wanted < 0, -2 * wanted - 1, 2 * wanted), near.size)
+        codes = centre + np.where(read & 1, -((read + 1) >> 1), read >> 1)
+        whole |= ((codes & ((1 << quantiser.bits) - 1)) << shift).astype(np.uint8)
+    return {"weight": whole.tobytes(), **found}
+
+
+def _wrapped(codes: Array, bits: int) -> Array:
+    """Integers of ``bits`` bits, in the lowest bits of ``codes``, with a sign."""
+    half = 1 << (bits - 1)
+    found: Array = ((codes.astype(np.int32) + half) & ((1 << bits) - 1)) - half
+    return found
 
 
 def _code_ranks(io: Streams, true: Array | None, near: Tensor, up: Tensor, margin: Tensor) -> Array:

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import oftsurgery
+from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.stores.dequantised import dequantised as dequantised_checkpoint
 from oftsurgery.stores.package_layers import package_of
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -217,6 +219,40 @@ def test_memory_disk_and_the_live_model_agree(name: str, tmp_path: Path) -> None
     after = oftsurgery.fold(live, format="bf16")
     oftsurgery.export_safetensors(after, tmp_path / "after")
     assert not differing(tensors(tmp_path / "bf16"), tensors(tmp_path / "after"))
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n in LOADED if n.startswith(("ct", "fp8"))), "ct-int4-group-asym", "hqq-4-g64-axis1"]
+)
+def test_the_package_loads_what_a_fold_has_stored(name: str, tmp_path: Path) -> None:
+    """The fold in the base's own format; transformers with the package dequantises each weight to what oftsurgery reads. transformers 5.23
+    does not load HQQ's files, and hqq's own layers load them here.
+    """
+    write(name, tmp_path / "base")
+    adapted(LlamaForCausalLM(LlamaConfig(**CONFIG)), TARGETS).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        record = oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert len(record.modules) == 3
+    source = dequantised_checkpoint(open_checkpoint(tmp_path / "out"))
+    if name.startswith("hqq"):
+        from hqq.core.quantize import HQQLinear
+
+        held = load_file(tmp_path / "out" / "model.safetensors")
+        for path in record.modules:
+            layer = HQQLinear(None, None, compute_dtype=torch.float16, device="cpu", initialize=False)
+            layer.load_state_dict({n.removeprefix(f"{path}."): t for n, t in held.items() if n.startswith(f"{path}.")})
+            assert torch.equal(layer.dequantize(), source.read(f"{path}.weight"))
+        return
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"] |= LOADED.get(name, {"dequantize": True})
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    outputs(model)  # compressed-tensors unpacks its weights at the first forward
+    for path in record.modules:
+        found, want = model.get_submodule(path).weight, source.read(f"{path}.weight")
+        assert torch.equal(found, want.to(found.dtype)), path
 
 
 @pytest.mark.parametrize("name", ["ct-int4-group", "ct-int3-group", "ct-float8-block"])

@@ -1,7 +1,8 @@
 """Small checkpoints that the packages of quantised formats write themselves, and what each package dequantises them to.
 
 ``make test-bases`` runs these tests in an environment that has the packages. ``python tests/bases/packages.py`` writes the checkpoints
-of :data:`GOLDENS` into ``tests/data/bases``, with the hashes of the dequantised weights; the fast tests read these folders.
+of :data:`GOLDENS` into ``tests/data/bases``, with the hashes of the dequantised weights, and into ``tests/data/bases-quantised`` what the
+packages' quantisers store of one weight; the fast tests read these folders.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,16 +148,27 @@ def awq(weight: Tensor, *, group: int, version: str) -> Made:
     return tensors, (codes * wide + (-(scales * zeros)).half().repeat_interleave(group, 1).float()).half()
 
 
-def hqq(weight: Tensor, *, bits: float, group: int, axis: int, dtype: torch.dtype = torch.float16) -> Made:
+def hqq(
+    weight: Tensor,
+    *,
+    bits: float,
+    group: int,
+    axis: int,
+    dtype: torch.dtype = torch.float16,
+    wide: bool = False,
+    **more: Any,
+) -> Made:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
-    layer = HQQLinear(quiet_linear(weight.to(dtype)), config, compute_dtype=dtype, device="cpu")
+    config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis, **more)
+    layer = HQQLinear(quiet_linear(weight if wide else weight.to(dtype)), config, compute_dtype=dtype, device="cpu")
     tensors = {name: value for name, value in layer.state_dict().items() if value is not None}
     return {n: t.detach().contiguous() for n, t in tensors.items()}, layer.dequantize().detach()
 
 
-def compressed(weight: Tensor, *, format: str, dtype: torch.dtype = torch.bfloat16, **scheme: Any) -> Made:
+def compressed(
+    weight: Tensor, *, format: str, dtype: torch.dtype = torch.bfloat16, wide: bool = False, **scheme: Any
+) -> Made:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -172,22 +184,25 @@ def compressed(weight: Tensor, *, format: str, dtype: torch.dtype = torch.bfloat
     }[args.strategy]
     padded = nn.functional.pad(weight.float(), (0, -inputs % columns, 0, -out % rows))
     parts = padded.reshape(padded.shape[0] // rows, rows, -1, columns)
-    scale, zero = calculate_qparams(parts.amin((1, 3)).to(dtype), parts.amax((1, 3)).to(dtype), args)
+    own = torch.float32 if wide else dtype
+    scale, zero = calculate_qparams(parts.amin((1, 3)).to(own), parts.amax((1, 3)).to(own), args)
     if args.strategy == "tensor":
         scale, zero = scale.reshape(1), zero.reshape(1)
-    given = {"weight": weight.to(dtype), "weight_scale": scale.to(dtype), "weight_zero_point": zero}
+    given = {"weight": weight.to(own), "weight_scale": scale.to(dtype), "weight_zero_point": zero}
     compressor = BaseCompressor.get_value_from_registry(format)
     tensors = compressor.compress(given, whole)
     return dict(tensors), compressor.decompress(dict(tensors), whole)["weight"]
 
 
-def fp8(weight: Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16) -> Made:
+def fp8(
+    weight: Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16, wide: bool = False
+) -> Made:
     from types import SimpleNamespace
 
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
     settings = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=block, scale_fmt="float"))
-    made = Fp8Quantize(settings).convert({"x.weight": weight.to(dtype)})
+    made = Fp8Quantize(settings).convert({"x.weight": weight if wide else weight.to(dtype)})
     codes, scale = made["x.weight"], made["x.weight_scale_inv"]
     back = Fp8Dequantize(settings)._dequantize_one(codes, scale, output_dtype=dtype)
     return {"weight": codes, "weight_scale_inv": scale}, back
@@ -228,10 +243,10 @@ def _awq_case(version: str, group: int) -> Any:
     return settings, partial(awq, group=group, version=version), torch.float16
 
 
-def _hqq_case(bits: float, group: int, axis: int, dtype: torch.dtype = torch.float16) -> Any:
-    params = {"nbits": bits, "group_size": group, "axis": axis, "view_as_float": False}
+def _hqq_case(bits: float, group: int, axis: int, dtype: torch.dtype = torch.float16, **more: Any) -> Any:
+    params = {"nbits": bits, "group_size": group, "axis": axis, "view_as_float": False} | more
     settings = {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}, "skip_modules": ["lm_head"]}
-    return settings, partial(hqq, bits=bits, group=group, axis=axis, dtype=dtype), dtype
+    return settings, partial(hqq, bits=bits, group=group, axis=axis, dtype=dtype, **more), dtype
 
 
 def _compressed_case(format: str, dtype: torch.dtype = torch.bfloat16, **scheme: Any) -> Any:
@@ -270,7 +285,7 @@ _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 
 #: ``{name: (quantization_config, function that makes a layer, dtype of the plain tensors)}``
-CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made], torch.dtype]] = {
+CASES: dict[str, tuple[dict[str, Any], Any, torch.dtype]] = {
     **{
         f"gptq-{bits}-{version}{'-asym' * asym}{'-act' * act}{'' if group == 32 else f'-g{group}'}": _gptq_case(
             bits, group, version, asymmetric=asym, act_order=act
@@ -287,6 +302,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made], torch.dtype]] =
         for axis in (0, 1)
     },
     "hqq-4-bf16": _hqq_case(4, 64, 1, torch.bfloat16),
+    "hqq-4-as-float": _hqq_case(4, 64, 1, view_as_float=True),
     "ct-int4-group": _compressed_case("pack-quantized", **_INT4, symmetric=True),
     "ct-int4-group-asym": _compressed_case("pack-quantized", **_INT4, symmetric=False),
     "ct-int4-channel-asym": _compressed_case(
@@ -332,6 +348,16 @@ GOLDENS = (
 )  # fmt: skip
 
 
+#: the packages that store a fold's result
+QUANTISERS = ("hqq", "ct", "fp8")
+
+
+def wavy() -> Tensor:
+    """Values ``(32, 64)`` float32 for a quantiser, the same on every machine."""
+    at = torch.arange(32 * 64, dtype=torch.float32).reshape(32, 64)
+    return (at * 37 % 101 - 50) * (at % 7 + 1) / 2048
+
+
 def write(name: str, folder: Path) -> dict[str, Tensor]:
     """Write the case into ``folder``. The result is ``{name of a weight: what the package dequantises it to}``."""
     settings, make, dtype = CASES[name]
@@ -364,7 +390,7 @@ def write(name: str, folder: Path) -> dict[str, Tensor]:
 
 def facts_of(tensor: Tensor) -> list[str]:
     """The dtype and the hash of a tensor's bytes."""
-    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return [str(tensor.dtype), hashlib.sha256(data).hexdigest()]
 
 
@@ -373,11 +399,13 @@ def facts_of(tensor: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_weight_is_decoded_as_its_package_decodes_it(name: str, tmp_path: Path) -> None:
+    from oftsurgery.checks.package_weights import read_again
     from oftsurgery.files.checkpoint import open_checkpoint
     from oftsurgery.stores.dequantised import dequantised
 
     want = write(name, tmp_path / "base")
     source = dequantised(open_checkpoint(tmp_path / "base"))
+    second = read_again(source, idle=False)  # the code of `verify`
     assert source.stored_as == CASES[name][0]["quant_method"]
     assert len(source.entries) == len(LINEARS) + 5
     for weight, expected in want.items():
@@ -385,15 +413,45 @@ def test_every_weight_is_decoded_as_its_package_decodes_it(name: str, tmp_path: 
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape == source.entries[weight].shape
         assert torch.equal(got, expected), (got.float() - expected.float()).abs().max()
+        assert torch.equal(second.read(weight), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(QUANTISERS)])
+def test_values_are_stored_as_the_package_s_quantiser_stores_them(name: str, tmp_path: Path) -> None:
+    """The values are those of a fold, float32, with rows of zeros, one large value, and equal values among them."""
+    from oftsurgery.files.checkpoint import open_checkpoint
+    from oftsurgery.formats.codecs import encode
+    from oftsurgery.stores.dequantised import DequantisedCheckpoint, dequantised
+
+    write(name, tmp_path / "base")
+    source = dequantised(open_checkpoint(tmp_path / "base"))
+    assert isinstance(source, DequantisedCheckpoint)
+    make: Any = CASES[name][1]
+    for path, shape in LINEARS.items():
+        values = torch.randn(shape) / 8
+        values[3], values[5, 7], values[6] = 0, 4, 0.25
+        form = source.format(f"model.layers.0.{path}.weight")
+        ours = encode(values, form)
+        theirs, back = make.func(values, **make.keywords, wide=True)
+        places = form.kind.tensor_names("")
+        for local, tensor in ours.tensors.items():
+            want = theirs[places[local].removeprefix(f"model.layers.0.{path}.")]
+            assert facts_of(tensor) == facts_of(want), (path, local)
+        assert torch.equal(form.kind.values(ours), back), path  # type: ignore[attr-defined]
 
 
 def _main() -> Iterator[str]:
-    home = Path(__file__).parents[1] / "data" / "bases"
-    shutil.rmtree(home, ignore_errors=True)
+    home, quantised = (Path(__file__).parents[1] / "data" / name for name in ("bases", "bases-quantised"))
+    for folder in (home, quantised):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     for name in GOLDENS:
         found = {n: facts_of(t) for n, t in write(name, home / name).items()}
         (home / name / "dequantised.json").write_text(json.dumps(found, indent=1) + "\n")
         yield f"{name}: {sum(f.stat().st_size for f in (home / name).iterdir())} bytes"
+        if name.startswith(QUANTISERS):
+            made, _ = CASES[name][1].func(wavy(), **CASES[name][1].keywords, wide=True)
+            save_file({n: t.contiguous() for n, t in made.items()}, quantised / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ import shutil
 import warnings
 import weakref
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import (
-    adapted,
     decoded,
     differing,
     file_bytes,
@@ -30,6 +28,7 @@ from checkpoints import (
     tensors,
 )
 from independent import make_case, relative
+from package_bases import CASES, HOME, Folders, changed, values
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,46 +41,7 @@ from oftsurgery.formats.packages.methods import METHODS
 from oftsurgery.formats.packages.stored import Source
 from oftsurgery.stores.dequantised import DequantisedCheckpoint, dequantised
 
-HOME = Path(__file__).parents[1] / "data" / "bases"
-CASES = sorted(path.name for path in HOME.iterdir())
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def values(name: str) -> dict[str, Tensor]:
-    """All tensors of a base, dequantised; another test compares them with what the packages say."""
-    source = dequantised(open_checkpoint(HOME / name))
-    return {tensor: source.read(tensor) for tensor in source.entries}
-
-
-class Folders:
-    """Made once: the adapter, and a base as a plain checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.plain = cache(self._plain)
-        model = adapted(LlamaForCausalLM(self._config(CASES[0])), TARGETS)
-        self.adapter = folder / "adapter"
-        model.save_pretrained(self.adapter)
-
-    def _config(self, name: str) -> LlamaConfig:
-        config = json.loads((HOME / name / "config.json").read_text())
-        del config["quantization_config"]
-        return LlamaConfig(**config)
-
-    def _plain(self, name: str) -> Path:
-        found = values(name)
-        model = LlamaForCausalLM(self._config(name)).to(found["lm_head.weight"].dtype)
-        model.load_state_dict(found)
-        model.save_pretrained(self.folder / name)
-        return self.folder / name
-
-    def exact(self, name: str) -> dict[str, Tensor]:
-        """float64: the rotated weights."""
-        found = {n: t.double() for n, t in values(name).items()}
-        turns = {f"{path}.weight": r for path, r in rotations_in(self.adapter).items()}
-        assert len(turns) == 3
-        return {n: found[n] @ turns[n].t() for n in turns}
 
 
 @pytest.fixture(scope="module")
@@ -293,21 +253,6 @@ def test_the_files_of_another_training_are_refused(folders: Folders, tmp_path: P
     ):
         oftsurgery.fold_checkpoint(base, adapter, out, format="bf16")
     quiet_fold(base, adapter, out, format="bf16", trained_on="plain")
-
-
-def changed(name: str, folder: Path, settings: dict[str, Any] | None = None, **other: Tensor | None) -> Path:
-    """A copy of a base with other settings, and with other tensors ``{end of the name: tensor, or None for no tensor}``."""
-    shutil.copytree(HOME / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= settings or {}
-    (folder / "config.json").write_text(json.dumps(config))
-    held = load_file(folder / "model.safetensors")
-    for end, tensor in other.items():
-        full = f"model.layers.0.self_attn.q_proj.{end}"
-        held.pop(full, None)
-        held |= {} if tensor is None else {full: tensor}
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize(

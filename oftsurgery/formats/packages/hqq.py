@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .stored import Entries, Source, Stored, check, damaged, groups_of
+from .stored import Entries, Grid, Quantiser, Source, Stored, check, damaged, groups_of
 
 #: ``{packing: (codes in a word, bits of a code, dtype of a word)}``; the codes of a word lie far apart, in equal parts of the rows
 _PACKING = {
@@ -43,7 +44,8 @@ def weights(source: Source) -> dict[str, Stored]:
         facts = {
             local: source.read(n) for local, n in (tensors | more).items() if local not in ("W_q", "scale", "zero")
         }
-        found[f"{path}.weight"] = _stored(source.entries, tensors | more, facts)
+        codes = {"weight": tensors.pop("W_q")}
+        found[f"{path}.weight"] = _stored(source.entries, codes | tensors | more, facts)
     return found
 
 
@@ -52,7 +54,7 @@ def _size(entries: Entries, name: str) -> int:
 
 
 def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Tensor]) -> Stored:
-    name = tensors["W_q"]
+    name = tensors["weight"]
     for fact in ("quant_zero", "quant_scale"):
         if fact in facts and bool(facts[fact].any()):
             damaged("the scales or zeros are quantised too, which hqq's own files cannot hold", tensors[fact], "hqq")
@@ -89,8 +91,11 @@ def _stored(entries: Entries, tensors: Mapping[str, str], facts: Mapping[str, Te
         one = _size(entries, tensors[local]) == 1
         scales = (1, matrix[1]) if axis == 0 else (matrix[0], 1)
         check(entries, tensors[local], (dtype,), entries[tensors[local]][1] if one else scales, label)
-    decode = partial(_decode, packing=packing, matrix=matrix, stored=stored, shape=shape, dtype=dtype)
-    return Stored(tensors, shape, dtype, label, decode)
+    layout = _Layout(packing, matrix, stored, shape, dtype, axis, round(2**nbits - 1), facts)
+    quantiser = None
+    if layout.flag("channel_wise", default=True):
+        quantiser = _Quantiser(layout, bits)
+    return Stored(tensors, shape, dtype, label, partial(_decode, layout), quantiser)
 
 
 def _number(fact: Tensor) -> float:
@@ -103,18 +108,106 @@ def _text(codes: Tensor) -> str:
     return bytes(codes.reshape(-1).to(torch.uint8).tolist()).decode("ascii", "replace")
 
 
-def _decode(
-    tensors: Mapping[str, Tensor],
-    *,
-    packing: str,
-    matrix: tuple[int, int],
-    stored: tuple[int, int],
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    per_word, bits, word = _PACKING[packing]
-    words = tensors["W_q"].contiguous().view(word).reshape(stored)
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How one weight is stored.
+
+    Attributes:
+        packing: key of ``_PACKING``.
+        matrix: rows and columns of the codes before they are packed; a column (``axis`` 0) or a row (1) is a group.
+        stored: rows and columns of the words.
+        shape: ``(out, in)`` of the weight.
+        dtype: dtype of the scales, the zeros and the dequantised values.
+        top: the largest code.
+        facts: the tensors that say all this.
+    """
+
+    packing: str
+    matrix: tuple[int, int]
+    stored: tuple[int, int]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    axis: int
+    top: int
+    facts: Mapping[str, Tensor]
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        return bool(self.facts[name].any()) if name in self.facts else default
+
+
+def _decode(layout: _Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+    per_word, bits, word = _PACKING[layout.packing]
+    words = tensors["weight"].contiguous().view(word).reshape(layout.stored)
     shifts = [bits * (per_word - 1 - i) for i in range(per_word)]
-    codes = torch.cat([words >> shift & ((1 << bits) - 1) for shift in shifts])[: matrix[0]]
+    codes = torch.cat([words >> shift & ((1 << bits) - 1) for shift in shifts])[: layout.matrix[0]]
     # hqq computes in its dtype, and so rounds twice
-    return ((codes.to(dtype) - tensors["zero"]) * tensors["scale"]).reshape(shape)
+    return ((codes.to(layout.dtype) - tensors["zero"]) * tensors["scale"]).reshape(layout.shape)
+
+
+# --- quantising -------------------------------------------------------------------------------------------------------
+
+# hqq's own settings of its search for the zeros
+_NORM, _BETA, _STEPS = 0.7, 10.0, 20
+_LEAST_RANGE, _MOST_FACTOR = 1e-4, 2e4
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantiser(Quantiser):
+    layout: _Layout
+    bits: int
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """The range of a group gives its scale, and a search that needs no data gives its zero."""
+        layout = self.layout
+        w = values.reshape(layout.matrix)
+        low, high = w.amin(layout.axis, keepdim=True), w.amax(layout.axis, keepdim=True)
+        span = high - low
+        factor = torch.where(span.abs() <= _LEAST_RANGE, 1.0, layout.top / span).clamp(max=_MOST_FACTOR)
+        zero = -low * factor
+        zero = torch.round(zero) if layout.flag("round_zero", default=layout.top == 15) else zero
+        if layout.flag("optimize", default=True):
+            zero = _best_zero(w, factor, zero, layout)
+        numbers = torch.round(w * factor + zero).clamp_(0, layout.top)
+        statistics = {"scale": (1.0 / factor).to(layout.dtype), "zero": zero.to(layout.dtype)}
+        return {"weight": self.stored(numbers), **statistics, **layout.facts}
+
+    @property
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+        return 0, self.layout.top
+
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        layout = self.layout
+        scale, zero = (
+            tensors[n].to(torch.float32).expand(layout.matrix).reshape(layout.shape) for n in ("scale", "zero")
+        )
+        return Grid(scale, zero, self.bounds)
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        return _pack(numbers.reshape(self.layout.matrix), self.layout)
+
+
+def _best_zero(w: Tensor, factor: Tensor, zero: Tensor, layout: _Layout) -> Tensor:
+    """Zeros with which the errors are small in the norm 0.7, by half-quadratic splitting (Badri and Shaji, 2023)."""
+    best = math.inf
+    for _ in range(_STEPS):
+        codes = torch.round(w * factor + zero).clamp_(0, layout.top)
+        error = w - (codes - zero) / factor
+        size = error.abs()
+        # the mean in float64 does not depend on the number of threads
+        mean = float(size.mean(dtype=torch.float64).to(torch.float32))
+        outliers = (size - (1.0 / _BETA) * size.pow(_NORM - 1)).clamp_min_(0.0) * torch.sign(error)
+        zero = torch.mean(codes - (w - outliers) * factor, dim=layout.axis, keepdim=True)
+        if mean >= best:
+            break
+        best = mean
+    return zero
+
+
+def _pack(codes: Tensor, layout: _Layout) -> Tensor:
+    per_word, bits, word = _PACKING[layout.packing]
+    rows = layout.stored[0]
+    whole = torch.nn.functional.pad(codes.to(word), (0, 0, 0, rows * per_word - len(codes)))
+    words = torch.zeros(layout.stored, dtype=word, device=codes.device)
+    for i, part in enumerate(whole.reshape(per_word, rows, -1)):
+        words |= part << bits * (per_word - 1 - i)
+    return words.view(layout.dtype) if layout.flag("view_as_float", default=False) else words

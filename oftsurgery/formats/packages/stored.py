@@ -1,5 +1,5 @@
-"""A :class:`Stored` weight is a weight as another package than bitsandbytes stores it: its tensors, and how that package
-dequantises the weight. Such weights are read, and never written.
+"""A :class:`Stored` weight is a weight as another package than bitsandbytes stores it: its tensors, how that package dequantises the
+weight, and where the package's quantiser needs nothing but the weight's values, how it quantises them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,81 @@ class Source:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+_MOST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Quantiser:
+    """How a package stores the values of one weight, ``(out, in)`` float32.
+
+    In every method ``tensors`` are the weight's tensors by their local names: the codes are ``weight``, the others are the scales and zeros.
+    Codes stand for *numbers*, float32: ``value = (number - zero) · scale``.
+
+    Attributes:
+        bits: bits of a code in ``weight``.
+        bounds: the least and the largest number; None for the numbers of F8_E4M3.
+    """
+
+    bits: int
+    bounds: tuple[int, int] | None
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """All tensors, with the scales and zeros that the package's own quantiser chooses, and codes to nearest."""
+        raise NotImplementedError
+
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        """The scale and the zero of each value."""
+        raise NotImplementedError
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        """The tensor ``weight``, from numbers ``(out, in)``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that some weights can have.
+
+    >>> grid = Grid(torch.tensor(0.5), torch.tensor(2.0), (0, 3))
+    >>> grid.values(grid.nearest(torch.tensor([-3.0, -0.3, 0.2, 0.4])))
+    tensor([-1.0000, -0.5000,  0.0000,  0.5000])
+
+    Attributes:
+        scale, zero: float32, of the shape of the weights, or broadcasting to it; None for zeros.
+        bounds: as for :class:`Quantiser`.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    bounds: tuple[int, int] | None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The nearest numbers."""
+        steps = values / torch.where(self.scale == 0, 1.0, self.scale)
+        if self.zero is not None:
+            steps += self.zero
+        steps = steps.nan_to_num_()
+        if self.bounds is None:
+            return steps.clamp_(-_MOST, _MOST).to(torch.float8_e4m3fn).to(torch.float32)
+        return steps.clamp_(*self.bounds).round_()
+
+    def values(self, numbers: Tensor) -> Tensor:
+        """What numbers stand for, before the package rounds it to its dtype."""
+        return (numbers if self.zero is None else numbers - self.zero) * self.scale
+
+    def steps(self, values: Tensor) -> Tensor:
+        """The distances of the grid's values around ``values``."""
+        if self.bounds is not None:
+            return self.scale.expand(values.shape)
+        _, exponent = torch.frexp(values / torch.where(self.scale == 0, 1.0, self.scale))
+        return torch.exp2((exponent.clamp(min=-5) - 4).to(torch.float32)) * self.scale
+
+    def at(self, index: Tensor, shape: Shape) -> Grid:
+        """The grid of some of the weights of ``shape``, by their numbers in the flat weight."""
+        scale, zero = (None if t is None else t.expand(shape).reshape(-1)[index] for t in (self.scale, self.zero))
+        assert scale is not None  # noqa: S101 - a grid has scales
+        return Grid(scale, zero, self.bounds)
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
     """One weight as another package stores it.
@@ -52,6 +127,7 @@ class Stored:
         dtype: dtype of the dequantised values.
         label: the format, for people.
         decode: function from ``{local name: tensor}`` to the dequantised tensor.
+        quantiser: the package's own quantiser; None where it needs more than the values, or does not write this layout.
     """
 
     tensors: Mapping[str, str]
@@ -59,6 +135,7 @@ class Stored:
     dtype: torch.dtype
     label: str
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    quantiser: Quantiser | None = None
 
 
 SAVE_AGAIN = "save the checkpoint again with the package that quantised the weights"
@@ -139,6 +216,31 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
             code = code | words[..., at + 1] << (32 - shift)
         codes[..., i] = (code & ((1 << bits) - 1)).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :count]
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """The mirror of :func:`unpacked`.
+
+    >>> [hex(word) for word in packed(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0, 3, 4]]), 4)[0]]
+    ['0x21', '0x43']
+
+    Args:
+        codes: ``(rows, count)``, each less than ``2**bits``.
+
+    Returns:
+        ``(rows, ⌈count·bits/32⌉)`` int32.
+    """
+    rows, count = codes.shape
+    period = 32 // math.gcd(bits, 32)  # codes after which a code begins at a word again
+    whole = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % period)).reshape(rows, -1, period)
+    words = torch.zeros(rows, whole.shape[1], period * bits // 32, dtype=torch.int64, device=codes.device)
+    for i in range(period):
+        at, shift = divmod(i * bits, 32)
+        words[..., at] |= whole[..., i] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., at + 1] |= whole[..., i] >> (32 - shift)
+    low = words.view(torch.int32)[..., ::2]  # the lowest half of a word comes first in memory
+    return low.reshape(rows, -1)[:, : -(-count * bits // 32)].contiguous()
 
 
 def scaled(codes: Tensor, zeros: Tensor | None, scales: Tensor) -> Tensor:
