@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 # access tokens of the Hub
@@ -26,11 +27,33 @@ def without_tokens(text: str, *known: str) -> str:
     return _TOKEN.sub("hf_***", text)
 
 
+#: ``{folder of this machine: the URL}`` of folders that stand for what lies behind a URL
+_CALLED: dict[str, str] = {}
+
+
+def called(folder: str, url: str) -> None:
+    """From now on messages name the ``url`` in place of the ``folder``, which stands for the URL on this machine."""
+    _CALLED[folder] = url
+
+
+# the beginning of a path that names a URL
+_URL_PATH = re.compile(r"(?:(file|local):|([A-Za-z][A-Za-z0-9+.-]+):)/(?=[^/])")
+
+
+def _as_called(given: object) -> str:
+    text = str(given)
+    if isinstance(given, PurePath):
+        text = _URL_PATH.sub(lambda m: f"{m[1]}:///" if m[1] else f"{m[2]}://", text, count=1) if _URL_PATH.match(text) else text
+    for folder, url in _CALLED.items():
+        text = text.replace(folder, url)
+    return text
+
+
 def printable(text: object, limit: int = 200) -> str:
     """``text`` for a message. Control characters are escaped, because names come from untrusted files; access tokens
     become stars; the text is cut to ``limit`` characters.
     """
-    text = without_tokens(str(text))
+    text = without_tokens(_as_called(text))
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
@@ -100,7 +123,7 @@ class OFTSurgeryError(Exception):
         self.expected = tuple(expected) if expected is not None else None
         self.format = format
         self.remedy = remedy
-        place = None if path is None else str(path)
+        place = None if path is None else _as_called(path)
         super().__init__(self._text(place))
         self.path = place  # set after ImportError's __init__, which clears the attribute `path`
 
@@ -183,6 +206,10 @@ class HubError(OFTSurgeryError, OSError):
 
 class MatchError(OFTSurgeryError):
     """Adapter modules and model modules do not correspond one to one."""
+
+
+class RemoteError(OFTSurgeryError, OSError):
+    """A URL could not be read or written: network, permission, or a file that has changed meanwhile."""
 
 
 class ShapeError(OFTSurgeryError):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
-from oftsurgery.files.finding import OTHER_FORMATS, Place, place_of
+from oftsurgery.files.finding import OTHER_FORMATS, Place, given_path, place_of
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
+from oftsurgery.files.remote import fetch
 from oftsurgery.files.tokenizer_files import PATTERNS
 
 from .adapter import OFTAdapter
@@ -87,7 +88,7 @@ def single_file(
     Raises:
         AdapterError: there is no such file, or the file is no safetensors file.
     """
-    path = Path(given).expanduser()
+    path = given_path(given)
     if path.is_file():
         if path.name == ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).is_file():
             message = f"the path is the tensors' file of an adapter's folder, beside {ADAPTER_CONFIG}"
@@ -142,7 +143,7 @@ def find_adapter(
     Warns:
         SourceWarning: the adapter is in a subfolder that the caller did not name.
     """
-    path = Path(path_or_repo).expanduser()
+    path = given_path(path_or_repo)
     if path.exists() and not path.is_dir():
         message = "an adapter is a folder, but the path is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {ADAPTER_CONFIG}")
@@ -269,6 +270,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    fetch(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})

@@ -23,6 +23,7 @@ from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_o
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
+from oftsurgery.files.remote import is_url, local_path
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.stores.dequantised import dequantised
@@ -220,7 +221,7 @@ def opened_model(
     """
     if is_single_file(source):
         _check_one_model(component, Path(source))
-        return open_single_file(Path(source))
+        return open_single_file(local_path(source))
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
@@ -253,7 +254,7 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
         raise StateError(message, remedy=remedy)
     if not base:
         raise StateError("no base was given, and the adapter's config names no base", remedy=remedy)
-    if not Path(base).expanduser().is_dir() and hub_id_of(base) is None:
+    if not (is_url(base) or Path(base).expanduser().is_dir() or hub_id_of(base) is not None):
         message = f"no base was given, and the base that the adapter's config names, {printable(base)!r}, is not here"
         raise StateError(message, remedy=remedy)
     warn_caller(f"the base is {printable(base)}, which the adapter's config names", SourceWarning)
@@ -264,7 +265,7 @@ def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: s
     """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
     named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
     if is_single_file(base):
-        return open_single_file(Path(base))
+        return open_single_file(local_path(base))
     at = base_revision(base, None, named, "the fold's record")
     folder = find_checkpoint(base, revision=at, variant=variant)
     return replace(dequantised(open_checkpoint(folder, variant)), revision=checkpoint_place(base, at).revision)

@@ -18,6 +18,7 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline
+from oftsurgery.files.remote import located
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_tasks import Engine
@@ -249,7 +250,7 @@ def fold_checkpoint(
             engine = Engine(workers, functools.partial(with_links, follow_links, again, device), device)
         if isinstance(plan, PipelinePlan):
             return _fold_pipeline(
-                plan, Path(destination), device, engine, resume=resume, force=force, progress=progress
+                plan, located(destination), device, engine, resume=resume, force=force, progress=progress
             )
         texts = None
         if mode == "calibrated":
@@ -267,7 +268,7 @@ def fold_checkpoint(
                 calibrate = functools.partial(checkpoint_inputs, plan, texts, progress=beside.batch, **where)
             record = run_plan(
                 plan,
-                Path(destination),
+                located(destination),
                 device=device if engine is None else "cpu",
                 resume=resume,
                 force=force,
@@ -387,9 +388,9 @@ def unfold_checkpoint(
             how: dict[str, Any] = {"device": device, "resume": resume, "force": force, "progress": step}
             if isinstance(plan, PipelinePlan):
                 writer_of = None if engine is None else engine.writer
-                return run_pipeline(plan, Path(destination), **how, writer_of=writer_of)
+                return run_pipeline(plan, located(destination), **how, writer_of=writer_of)
             write_shards = None if engine is None else engine.writer()
-            return run_plan(plan, Path(destination), **how, write_shards=write_shards)
+            return run_plan(plan, located(destination), **how, write_shards=write_shards)
 
 
 def plan_back(

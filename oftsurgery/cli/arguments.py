@@ -319,7 +319,7 @@ def base_of(args: argparse.Namespace) -> str:
         from oftsurgery.api.arguments import loaded_adapters, named_base
 
         args.base = named_base(loaded_adapters(adapters_of(args)))
-    return str(checkpoint_place(args.base, getattr(args, "base_revision", None)))
+    return checkpoint_place(args.base, getattr(args, "base_revision", None)).spelled
 
 
 def adapters_of(args: argparse.Namespace) -> list[Any]:

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from oftsurgery.errors import DiskError, StateError, printable
 
+from .remote import anything_at, is_url_path, url_of
+
 
 class Replacement:
     """A file that is written at ``beside`` until :meth:`put` moves it to ``path``. At the end of the context the file at
@@ -73,8 +75,15 @@ def missing_above(path: Path) -> list[Path]:
     """The folders above ``path`` that do not exist, the deepest first.
 
     Raises:
-        StateError: a file is in the place of one of these folders.
+        StateError: a file is in the place of one of these folders, or ``path`` names a URL.
     """
+    if is_url_path(path):
+        message = "this output is written to a folder of this machine, and not to a URL"
+        raise StateError(
+            message,
+            path=url_of(path),
+            remedy="name a folder here, and copy it; fold, unfold and fold-many write to a URL",
+        )
     above = [folder for folder in path.absolute().parents if not folder.is_dir()]
     file = next((folder for folder in above if exists(folder)), None)
     if file is not None:
@@ -103,7 +112,9 @@ def folders_above(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is at ``path``, a broken link included."""
+    """Whether anything is at ``path``, a broken link included, or at the URL that it names."""
+    if is_url_path(path):
+        return anything_at(path)
     return path.exists() or path.is_symlink()
 
 

@@ -1,0 +1,454 @@
+"""Files behind a URL (``s3://``, ``gs://``, ``hf://``, ``memory://`` …), through fsspec.
+
+:func:`mirrored` makes a folder of this machine for a folder behind a URL: small files are copied, and in the place of each file of
+weights lies a file of the same length without its bytes. :func:`opened` reads such a file by ranges, and any other file as it is, so
+whoever reads weights through :func:`opened` reads both. Who does not finds no safetensors header, and no weights.
+
+A place that is written is a path, which names its URL: ``s3://bucket/out`` is ``Path("s3:/bucket/out")``. :func:`url_of` gives the
+URL of such a path and of everything in a mirror.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import io
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.errors import CheckpointError, OFTSurgeryError, RemoteError, StateError, called, needs, printable
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+_ON_DISK = ("file", "local")
+# what brings the client of a protocol, where fsspec does not say
+_PACKAGES = {"s3": "'oftsurgery[remote]'", "s3a": "'oftsurgery[remote]'", "gs": "gcsfs", "gcs": "gcsfs"}
+
+#: files whose bytes stay where they are
+_WEIGHTS = re.compile(
+    r"(?i:.*\.(safetensors|bin|pth?|ckpt|pkl|pickle|joblib|npz|h5|keras|msgpack|pb|tflite|onnx|onnx_data|gguf|ot|undo|zip|tar|gz))",
+    re.DOTALL,
+)
+_MOST_COPIED = 256 << 20  # of one small file
+_MOST_FILES, _MOST_LEVELS = 2_000, 4
+
+#: bytes of one request, and of a part of an upload
+PIECE = 16 << 20
+# how many parts of an upload are on their way at once
+_AT_ONCE = 4
+# a read of at most so many bytes takes a block, which the next small reads find
+_SMALL, _BLOCK, _BLOCKS = 64 << 10, 128 << 10, 8
+# fields in which clients say which contents a file has, the surest first
+_STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "blob_id", "mtime", "LastModified", "updated", "created")
+
+
+def is_url(given: object) -> bool:
+    """Whether ``given`` is a URL, such as ``"s3://bucket/model"``."""
+    return isinstance(given, str) and _URL.match(given) is not None
+
+
+def located(given: str | os.PathLike[str]) -> Path:
+    """The path of a place to write: of this machine, or the path that names the URL ``given``.
+
+    Raises:
+        StateError: no folder behind the URL is named.
+    """
+    if not is_url(given):
+        return Path(given)
+    path = _path_of(str(given))
+    parts = str(given).rstrip("/").partition("://")[2].removeprefix("/").split("/")
+    if "::" in str(given) or "?" in str(given) or any(part in ("", ".", "..") for part in parts) or len(parts) < 2:
+        message = "the URL names no folder to write"
+        raise StateError(message, path=given, remedy="name a folder in a bucket: s3://bucket/folder")
+    return path
+
+
+def _path_of(url: str) -> Path:
+    protocol, _, rest = url.partition("://")
+    return Path(f"{protocol}:", rest.strip("/"))
+
+
+def is_url_path(path: Path) -> bool:
+    """Whether ``path`` names a URL."""
+    return bool(path.parts) and _PROTOCOL.fullmatch(path.parts[0]) is not None
+
+
+def url_of(path: Path) -> str | None:
+    """The URL that ``path`` names, or of which ``path`` is the mirror; None for a file of this machine."""
+    if is_url_path(path):
+        protocol = path.parts[0][:-1]
+        return f"{protocol}://{'/' * (protocol in _ON_DISK)}{'/'.join(path.parts[1:])}"
+    for mirror in (path, *path.parents):
+        if mirror in _MIRRORS:
+            below = path.relative_to(mirror).as_posix()
+            return _MIRRORS[mirror] if below == "." else f"{_MIRRORS[mirror]}/{below}"
+    return None
+
+
+def url_path(path: Path) -> Path | None:
+    """The path that names the URL of ``path``, in every process; None for a file of this machine."""
+    url = url_of(path)
+    return None if url is None else _path_of(url)
+
+
+def check_here(folder: Path, what: str) -> None:
+    """Refuse a folder behind a URL for work that needs the files themselves; the message begins with ``what``.
+
+    Raises:
+        StateError: the folder is behind a URL.
+    """
+    url = url_of(folder)
+    if url is not None:
+        message = f"{what} needs the files on this machine, and the folder is behind a URL"
+        raise StateError(message, path=url, remedy="copy the folder to this machine first, and give the copy")
+
+
+# --- clients ----------------------------------------------------------------------------------------------------------
+
+
+def client(url: str) -> tuple[Any, str]:
+    """``(file system, path)``: fsspec's client of a URL, and the client's name of the place.
+
+    Raises:
+        MissingDependencyError: the client's package is not installed.
+        RemoteError: no client knows the URL.
+    """
+    protocol = url.partition("://")[0]
+    with needs("fsspec", "pip install 'oftsurgery[remote]'"):
+        from fsspec.core import url_to_fs
+    if protocol == "hf":
+        from huggingface_hub import HfFileSystem, constants
+
+        fs = HfFileSystem(endpoint=constants.ENDPOINT)
+        return fs, url.partition("://")[2]
+    options = {"auto_mkdir": True} if protocol in _ON_DISK else {}
+    package = _PACKAGES.get(protocol)
+    with needs(
+        f"the client of {protocol}://", f"pip install {package or f'the package that fsspec names for {protocol}://'}"
+    ):
+        try:
+            fs, path = url_to_fs(url, **options)
+        except ValueError as error:
+            remedy = "name a folder of this machine, or a URL that fsspec knows (s3://, gs://, hf://)"
+            raise RemoteError(f"no client knows the URL ({printable(error)})", path=url, remedy=remedy) from error
+    return fs, str(path)
+
+
+@contextmanager
+def talking(url: str, remedy: str = "check the URL, the network and the permissions, and run again") -> Iterator[None]:
+    """Turn a client's errors into :class:`~oftsurgery.RemoteError`."""
+    try:
+        yield
+    except OFTSurgeryError:
+        raise
+    except Exception as error:  # each client raises errors of its own
+        if type(error).__name__ == "FileExpired":
+            raise changed(url) from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise RemoteError(
+            f"the URL does not answer as it should ({printable(reason)})", path=url, remedy=remedy
+        ) from error
+
+
+def changed(url: str) -> RemoteError:
+    """The error for a file that another program has written meanwhile."""
+    message = "the file has changed since the folder was opened"
+    return RemoteError(message, path=url, remedy="wait until no program writes the files, and run again")
+
+
+def stamp_in(info: Mapping[str, Any]) -> str:
+    """What a client says of the contents of a file in its facts about the file."""
+    lfs = info.get("lfs")
+    if lfs:  # of a large file on the Hub
+        return str(getattr(lfs, "sha256", None) or lfs)
+    found = next((info[name] for name in _STAMPS if info.get(name) is not None), "")
+    return str(found.timestamp() if hasattr(found, "timestamp") else found)  # a client may say a time in two ways
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Far:
+    """A file behind a URL, of which ranges are read.
+
+    Attributes:
+        fs, path: the client, and its name of the file.
+        size: the bytes of the file.
+        stamp: what the client says of the contents; another stamp means other contents.
+    """
+
+    fs: Any
+    path: str
+    size: int
+    stamp: str
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _handles: dict[bool, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return str(self.fs.unstrip_protocol(self.path))
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """At most ``nbytes`` bytes from ``start`` on, by one request or none."""
+        small = nbytes <= _SMALL
+        with self._lock, talking(self.url):
+            if small not in self._handles:
+                cached = {"cache_type": "blockcache", "block_size": _BLOCK, "cache_options": {"maxblocks": _BLOCKS}}
+                self._handles[small] = self._open(cached if small else {"cache_type": "none"})
+            handle = self._handles[small]
+            handle.seek(start)
+            return bytes(handle.read(nbytes))
+
+    def _open(self, options: Mapping[str, Any]) -> Any:
+        # a client that knows a mark of the contents (S3) asks for this mark with each range
+        handle = self.fs.open(self.path, "rb", **options)
+        if stamp_in(getattr(handle, "details", None) or self.fs.info(self.path)) != self.stamp:
+            raise changed(self.url)
+        return handle
+
+
+class _Ranges(io.RawIOBase):
+    """A :class:`Far` as an open file."""
+
+    def __init__(self, file: Far) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(min(len(view), self._file.size - self._at), 0)
+        done = 0
+        while done < wanted:
+            piece = self._file.read(self._at, min(wanted - done, PIECE))
+            if not piece:
+                break
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+            self._at += len(piece)
+        return done
+
+
+#: ``{folder or file of this machine: the URL of which it is the mirror}``
+_MIRRORS: dict[Path, str] = {}
+#: ``{file of this machine: the file in whose place it lies}``
+_FAR: dict[Path, Far] = {}
+
+
+def far(path: Path) -> Far | None:
+    """The file behind a URL that ``path`` names, or in whose place the file at ``path`` lies; else None."""
+    if not is_url_path(path):
+        return _FAR.get(path)
+    url = str(url_of(path))
+    fs, place = client(url)
+    with talking(url):
+        info = fs.info(place)
+        return Far(fs, place, int(info["size"]), stamp_in(info))
+
+
+def opened(path: Path) -> io.BufferedReader | io.RawIOBase:
+    """A file of weights, opened for reading and seeking, here or behind a URL. A read of a file behind a URL gives all bytes that it
+    is asked for, at most :data:`PIECE` bytes by one request.
+    """
+    file = far(path)
+    return path.open("rb") if file is None else _Ranges(file)
+
+
+def stamp_of(path: Path) -> list[Any]:
+    """The size of a file, and what changes with its contents: its time, or the stamp of a file behind a URL."""
+    file = far(path)
+    if file is not None:
+        return [file.size, file.stamp]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+@contextmanager
+def with_header(path: Path, most: int) -> Iterator[Path]:
+    """A safetensors file of this machine with the header and the length of the file at ``path``: this file itself, or for the body a
+    file with a hole for its tensors. A header of more than ``most`` bytes is cut.
+    """
+    file = far(path)
+    if file is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, path.name)
+        begin = file.read(0, 8)
+        with local.open("wb") as out:
+            out.write(begin)
+            left = min(int.from_bytes(begin, "little"), most)
+            while left and (piece := file.read(out.tell(), min(left, PIECE))):
+                out.write(piece)
+                left -= len(piece)
+            out.truncate(file.size)
+        yield local
+
+
+def fetch(path: Path) -> None:
+    """Copy a file of a mirror to its place in the mirror, whole."""
+    file = _FAR.get(path)
+    if file is not None:
+        with talking(file.url):
+            file.fs.get_file(file.path, str(path))
+        del _FAR[path]
+
+
+def put_in_place(path: Path, file: Far) -> None:
+    """Put at ``path`` a file of the length of ``file`` without its bytes, which :func:`opened` reads behind the URL."""
+    with path.open("wb") as place:
+        place.truncate(file.size)
+    _FAR[path] = file
+
+
+def forget(path: Path) -> None:
+    """The file at ``path`` no longer stands for a file behind a URL."""
+    _FAR.pop(path, None)
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+#: ``{URL: (its files as they were, the mirror)}``
+_LAST: dict[str, tuple[dict[str, list[Any]], Path]] = {}
+
+
+def mirrored(url: str, named: str | None = None) -> Path:
+    """The folder of this machine for the folder (or the single safetensors file) behind a URL. While the files there stay as they are,
+    a process has one mirror of a URL, and the mirror goes with the process.
+
+    Args:
+        named: the path of the mirror below a folder of its own; None: the URL's last part.
+
+    Raises:
+        RemoteError: the URL cannot be read.
+        CheckpointError: there is nothing, or more than a model's folder.
+    """
+    url = url.rstrip("/")
+    fs, root = client(url)
+    root = root.rstrip("/")
+    with talking(url):
+        fs.invalidate_cache()
+        single = url.endswith(".safetensors") and fs.isfile(root)
+        if single:
+            found = {root.rpartition("/")[2]: fs.info(root)}
+            with suppress(FileNotFoundError):
+                found[f"{root.rpartition('/')[2]}.oftsurgery.json"] = fs.info(f"{root}.oftsurgery.json")
+            root = root.rpartition("/")[0]
+        else:
+            found = _listed(fs, root, url)
+    files = {name: [int(info["size"]), stamp_in(info)] for name, info in found.items()}
+    if not files:
+        message = "there is no file behind the URL"
+        raise CheckpointError(
+            message, path=url, remedy="check the name: the URL of a folder that save_pretrained wrote"
+        )
+    if url in _LAST and _LAST[url][0] == files:
+        return _LAST[url][1]
+    whole = Path(tempfile.mkdtemp(dir=_home()), named or url.rpartition("/")[2])
+    folder = whole.parent if single else whole
+    for name, info in found.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _WEIGHTS.fullmatch(name) or info["size"] > _MOST_COPIED:
+            put_in_place(path, Far(fs, f"{root}/{name}", int(info["size"]), stamp_in(info)))
+        else:
+            with talking(url):
+                fs.get_file(f"{root}/{name}", str(path))
+    _MIRRORS[whole] = url
+    called(str(whole), url)
+    _LAST[url] = (files, whole)
+    return whole
+
+
+def local_path(given: str | os.PathLike[str]) -> Path:
+    """The path of what ``given`` names on this machine: of a URL, or a path that names a URL, its mirror."""
+    if is_url(given):
+        return mirrored(str(given))
+    path = Path(given).expanduser()
+    return mirrored(str(url_of(path))) if is_url_path(path) else path
+
+
+@cache
+def _home() -> str:
+    """The folder of this process' mirrors."""
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="oftsurgery-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _listed(fs: Any, root: str, url: str) -> dict[str, Any]:
+    """``{name: facts}`` of the files below a folder, without hidden ones."""
+    found: dict[str, Any] = {}
+    prefix = fs._strip_protocol(root).rstrip("/")
+    for at, folders, files in fs.walk(root, maxdepth=_MOST_LEVELS, detail=True):
+        below = fs._strip_protocol(at).rstrip("/").removeprefix(prefix).strip("/")
+        for name in [name for name in folders if name.startswith(".")]:
+            del folders[name]
+        for name, info in files.items():
+            if name and not name.startswith("."):
+                found[f"{below}/{name}" if below else name] = info
+        if len(found) > _MOST_FILES:
+            message = f"the folder holds more than {_MOST_FILES} files, which is the limit behind a URL"
+            raise CheckpointError(message, path=url, remedy="name the folder of the model itself")
+    for name in found:
+        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in name.split("/")):
+            message = "a file has a name that leads out of its folder"
+            raise CheckpointError(message, path=url, remedy="do not use this folder")
+    return found
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def send(fs: Any, source: Path, place: str) -> Far:
+    """Copy a file of this machine to ``place``, in parts where the client knows parts: :data:`PIECE` bytes of four parts are in memory.
+    A client that fails removes its parts.
+
+    Raises:
+        RemoteError: the client failed.
+    """
+    size = source.stat().st_size
+    known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
+    # S3 takes 10,000 parts
+    options = {"chunksize": max(PIECE, size // 9_000), "max_concurrency": _AT_ONCE}
+    url = str(fs.unstrip_protocol(place))
+    with talking(url, "check the network and the permissions, and go on with resume=True (--resume)"):
+        fs.put_file(str(source), place, **{name: value for name, value in options.items() if name in known})
+        fs.invalidate_cache()
+        info = fs.info(place)
+        if info["size"] != size:
+            message = f"{info['size']} of {size} bytes have arrived"
+            raise RemoteError(message, path=url, remedy="go on with resume=True (--resume)")
+        return Far(fs, place, size, stamp_in(info))
+
+
+def anything_at(path: Path) -> bool:
+    """Whether a file, or a folder that is not empty, is at the URL that ``path`` names."""
+    url = str(url_of(path))
+    fs, place = client(url)
+    with talking(url):
+        fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            return bool(fs.ls(place, detail=False))
+    return False
