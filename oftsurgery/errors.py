@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 # access tokens of the Hub
@@ -36,14 +35,16 @@ def called(folder: str, url: str) -> None:
     _CALLED[folder] = url
 
 
-# the beginning of a path that names a URL
-_URL_PATH = re.compile(r"(?:(file|local):|([A-Za-z][A-Za-z0-9+.-]+):)/(?=[^/])")
+# the beginning of a path that names a URL, and of URLs of files of this machine
+_URL_PATH, _ON_DISK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/"), ("file:/", "local:/")
 
 
 def _as_called(given: object) -> str:
     text = str(given)
-    if isinstance(given, PurePath):
-        text = _URL_PATH.sub(lambda m: f"{m[1]}:///" if m[1] else f"{m[2]}://", text, count=1) if _URL_PATH.match(text) else text
+    if hasattr(given, "as_posix"):  # a path
+        named = _URL_PATH.match(posix := given.as_posix())
+        if named is not None:
+            text = f"{named[0]}{'//' if named[0] in _ON_DISK else '/'}{posix[named.end() :]}"
     for folder, url in _CALLED.items():
         text = text.replace(folder, url)
     return text

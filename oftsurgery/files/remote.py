@@ -317,9 +317,11 @@ def fetch(path: Path) -> None:
 
 def put_in_place(path: Path, file: Far) -> None:
     """Put at ``path`` a file of the length of ``file`` without its bytes, which :func:`opened` reads behind the URL."""
-    with path.open("wb") as place:
+    beside = path.with_name(f".{path.name}.far")
+    with beside.open("wb") as place:
         place.truncate(file.size)
     _FAR[path] = file
+    beside.replace(path)
 
 
 def forget(path: Path) -> None:
@@ -329,8 +331,8 @@ def forget(path: Path) -> None:
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
-#: ``{URL: (its files as they were, the mirror)}``
-_LAST: dict[str, tuple[dict[str, list[Any]], Path]] = {}
+#: ``{URL: (the client, its files as they were, the mirror)}``
+_LAST: dict[str, tuple[Any, dict[str, list[Any]], Path]] = {}
 
 
 def mirrored(url: str, named: str | None = None) -> Path:
@@ -363,8 +365,8 @@ def mirrored(url: str, named: str | None = None) -> Path:
         raise CheckpointError(
             message, path=url, remedy="check the name: the URL of a folder that save_pretrained wrote"
         )
-    if url in _LAST and _LAST[url][0] == files:
-        return _LAST[url][1]
+    if url in _LAST and _LAST[url][0] is fs and _LAST[url][1] == files:
+        return _LAST[url][2]
     whole = Path(tempfile.mkdtemp(dir=_home()), named or url.rpartition("/")[2])
     folder = whole.parent if single else whole
     for name, info in found.items():
@@ -377,7 +379,7 @@ def mirrored(url: str, named: str | None = None) -> Path:
                 fs.get_file(f"{root}/{name}", str(path))
     _MIRRORS[whole] = url
     called(str(whole), url)
-    _LAST[url] = (files, whole)
+    _LAST[url] = (fs, files, whole)
     return whole
 
 
@@ -398,19 +400,19 @@ def _home() -> str:
 
 
 def _listed(fs: Any, root: str, url: str) -> dict[str, Any]:
-    """``{name: facts}`` of the files below a folder, without hidden ones."""
+    """``{name: facts}`` of the files below a folder, without hidden ones; nothing for a folder that does not exist."""
     found: dict[str, Any] = {}
-    prefix = fs._strip_protocol(root).rstrip("/")
-    for at, folders, files in fs.walk(root, maxdepth=_MOST_LEVELS, detail=True):
-        below = fs._strip_protocol(at).rstrip("/").removeprefix(prefix).strip("/")
-        for name in [name for name in folders if name.startswith(".")]:
-            del folders[name]
-        for name, info in files.items():
-            if name and not name.startswith("."):
-                found[f"{below}/{name}" if below else name] = info
-        if len(found) > _MOST_FILES:
-            message = f"the folder holds more than {_MOST_FILES} files, which is the limit behind a URL"
-            raise CheckpointError(message, path=url, remedy="name the folder of the model itself")
+    with suppress(FileNotFoundError):
+        prefix = fs._strip_protocol(root).rstrip("/")
+        for at, folders, files in fs.walk(root, maxdepth=_MOST_LEVELS, detail=True, on_error="raise"):
+            below = fs._strip_protocol(at).rstrip("/").removeprefix(prefix).strip("/")
+            for name in [name for name in folders if name.startswith(".")]:
+                del folders[name]
+            shown = {name: info for name, info in files.items() if name and not name.startswith(".")}
+            found |= {f"{below}/{name}" if below else name: info for name, info in shown.items()}
+            if len(found) > _MOST_FILES:
+                message = f"the folder holds more than {_MOST_FILES} files, which is the limit behind a URL"
+                raise CheckpointError(message, path=url, remedy="name the folder of the model itself")
     for name in found:
         if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in name.split("/")):
             message = "a file has a name that leads out of its folder"

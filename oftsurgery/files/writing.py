@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from oftsurgery.errors import DiskError, StateError, printable
+from oftsurgery.errors import DiskError, OFTSurgeryError, StateError, printable
 
 from .remote import anything_at, is_url_path, url_of
 
@@ -167,7 +167,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, DiskError):
+        if isinstance(error, OFTSurgeryError):  # some of them are system's errors too
             raise
         reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
         raise DiskError(reason, path=error.filename or path, remedy=remedy) from error

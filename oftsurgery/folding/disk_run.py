@@ -136,6 +136,7 @@ def begin_run(run: Run, staging: Staging, *, resume: bool) -> list[Shard]:
 def finish_run(run: Run, staging: Staging, *, force: bool) -> FoldRecord | None:
     """Warn, and write what lies beside the shards, which are all written."""
     plan = run.plan
+    staging.settle()  # the headers of all shards are read now, and behind a URL the last shard is on its way
     record = run.record()
     if not plan.unfolds and record is not None:
         engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
