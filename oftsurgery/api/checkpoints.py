@@ -18,7 +18,7 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline
-from oftsurgery.files.remote import located
+from oftsurgery.files.remote import check_here, located
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_tasks import Engine
@@ -79,6 +79,8 @@ def plan_fold(
 def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[OFTAdapter]) -> CheckpointPlan:
     """The plan of the fold of one model."""
     mode: RoundingMode = settings.rounding or "preserve"
+    if mode == "calibrated":
+        check_here(opened.folder, "a calibration")
     settings, trained = as_trained(settings, opened, adapters)
     plan = (plan_checkpoint if mode == "calibrated" or settings.undo is not None else plan_remembered)(
         opened,

@@ -22,7 +22,7 @@ from oftsurgery.errors import StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.links import following_links, links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
-from oftsurgery.files.remote import local_path, url_path
+from oftsurgery.files.remote import check_here, local_path, url_path
 from oftsurgery.progress import Progress, shown
 from oftsurgery.stores.dequantised import dequantised
 from oftsurgery.stores.idle import is_idle
@@ -175,6 +175,8 @@ def _check(
     begin: bytes,
 ) -> CheckpointReport:
     """The check of one model."""
+    for checkpoint in [] if texts is None else [opened, start]:
+        check_here(checkpoint.folder, "a comparison on texts")
     # scores of tokens are large, so few texts are run at once
     batches = [] if texts is None else given_batches(texts, opened.folder, size=4)
 

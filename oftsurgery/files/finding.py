@@ -32,7 +32,7 @@ from .layout import (
     without_other_variants,
 )
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
-from .remote import local_path, mirrored
+from .remote import is_url, local_path, mirrored
 
 # patterns of the files that a fold needs beside the weights
 _NEEDED = PATTERNS
@@ -103,7 +103,8 @@ class Place:
         if not folder.resolve().is_relative_to(self.folder.resolve()):
             message = f"the subfolder {printable(subfolder)!r} is a link that leaves the folder"
             raise self.refusal(message, path=self.given, remedy="give the folder to which the link leads")
-        return replace(self, given=str(Path(self.given, *parts)), folder=folder)
+        given = "/".join([self.given.rstrip("/"), *parts]) if is_url(self.given) else str(Path(self.given, *parts))
+        return replace(self, given=given, folder=folder)
 
     def fetch(self, patterns: list[str] | None, *, but: list[str] | None = None) -> Path:
         """The place's folder. The folder of a Hub repository has the files that match ``patterns``, without the files that
@@ -165,10 +166,13 @@ class Place:
     @property
     def spelled(self) -> str:
         """The user's name for the place, with its revision."""
-        if self.folder is not None or self.given.startswith(HUB):
-            return str(self)
-        below = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
-        return below + (f"@{self.revision}" if self.revision is not None else "")
+        if self.folder is not None:
+            return self.given
+        below, at = (
+            f"/{self.subfolder}" if self.subfolder else "",
+            f"@{self.revision}" if self.revision is not None else "",
+        )
+        return f"{HUB}{self.repo}{at}{below}" if self.given.startswith(HUB) else f"{self.repo}{below}{at}"
 
     def streamed(self) -> Path:
         """The mirror of the place on the Hub at the commit that its revision has now: a folder that is named as in the Hub's cache.

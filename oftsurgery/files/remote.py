@@ -27,8 +27,8 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, RemoteError, StateError, called, needs, printable
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+_URL = re.compile(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+://")  # pages of the web list no files
+_PROTOCOL = re.compile(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
 _ON_DISK = ("file", "local")
 # what brings the client of a protocol, where fsspec does not say
 _PACKAGES = {"s3": "'oftsurgery[remote]'", "s3a": "'oftsurgery[remote]'", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -62,6 +62,11 @@ def located(given: str | os.PathLike[str]) -> Path:
     Raises:
         StateError: no folder behind the URL is named.
     """
+    if isinstance(given, str) and re.match("https?://", given):
+        message = "a page of the web takes no files"
+        raise StateError(
+            message, path=given, remedy="name a folder of this machine, or a URL of a bucket: s3://bucket/folder"
+        )
     if not is_url(given):
         return Path(given)
     path = _path_of(str(given))
