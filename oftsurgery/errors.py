@@ -35,16 +35,14 @@ def called(folder: str, url: str) -> None:
     _CALLED[folder] = url
 
 
-# the beginning of a path that names a URL, and of URLs of files of this machine
-_URL_PATH, _ON_DISK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/"), ("file:/", "local:/")
+# the beginning of a path that names a URL
+_URL_PATH = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def _as_called(given: object) -> str:
     text = str(given)
-    if hasattr(given, "as_posix"):  # a path
-        named = _URL_PATH.match(posix := given.as_posix())
-        if named is not None:
-            text = f"{named[0]}{'//' if named[0] in _ON_DISK else '/'}{posix[named.end() :]}"
+    if hasattr(given, "as_posix") and (named := _URL_PATH.match(posix := given.as_posix())):  # a path
+        text = f"{named[0]}/{posix[named.end() :]}"
     for folder, url in _CALLED.items():
         text = text.replace(folder, url)
     return text

@@ -27,9 +27,9 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, RemoteError, StateError, called, needs, printable
 
-_URL = re.compile(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+://")  # pages of the web list no files
-_PROTOCOL = re.compile(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
-_ON_DISK = ("file", "local")
+_URL = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+://")  # pages of the web list no files
+_PROTOCOL = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+_HERE = "file://"
 # what brings the client of a protocol, where fsspec does not say
 _PACKAGES = {"s3": "'oftsurgery[remote]'", "s3a": "'oftsurgery[remote]'", "gs": "gcsfs", "gcs": "gcsfs"}
 
@@ -38,7 +38,7 @@ _WEIGHTS = re.compile(
     r"(?i:.*\.(safetensors|bin|pth?|ckpt|pkl|pickle|joblib|npz|h5|keras|msgpack|pb|tflite|onnx|onnx_data|gguf|ot|undo|zip|tar|gz))",
     re.DOTALL,
 )
-_MOST_COPIED = 256 << 20  # of one small file
+_MOST_COPIED, _MOST_BYTES = 256 << 20, 2 << 30  # of one small file, and of all
 _MOST_FILES, _MOST_LEVELS = 2_000, 4
 
 #: bytes of one request, and of a part of an upload
@@ -68,7 +68,7 @@ def located(given: str | os.PathLike[str]) -> Path:
             message, path=given, remedy="name a folder of this machine, or a URL of a bucket: s3://bucket/folder"
         )
     if not is_url(given):
-        return Path(given)
+        return plain_path(given)
     path = _path_of(str(given))
     parts = str(given).rstrip("/").partition("://")[2].removeprefix("/").split("/")
     if "::" in str(given) or "?" in str(given) or any(part in ("", ".", "..") for part in parts) or len(parts) < 2:
@@ -90,8 +90,7 @@ def is_url_path(path: Path) -> bool:
 def url_of(path: Path) -> str | None:
     """The URL that ``path`` names, or of which ``path`` is the mirror; None for a file of this machine."""
     if is_url_path(path):
-        protocol = path.parts[0][:-1]
-        return f"{protocol}://{'/' * (protocol in _ON_DISK)}{'/'.join(path.parts[1:])}"
+        return f"{path.parts[0]}//{'/'.join(path.parts[1:])}"
     for mirror in (path, *path.parents):
         if mirror in _MIRRORS:
             below = path.relative_to(mirror).as_posix()
@@ -135,13 +134,12 @@ def client(url: str) -> tuple[Any, str]:
 
         fs = HfFileSystem(endpoint=constants.ENDPOINT)
         return fs, url.partition("://")[2]
-    options = {"auto_mkdir": True} if protocol in _ON_DISK else {}
     package = _PACKAGES.get(protocol)
     with needs(
         f"the client of {protocol}://", f"pip install {package or f'the package that fsspec names for {protocol}://'}"
     ):
         try:
-            fs, path = url_to_fs(url, **options)
+            fs, path = url_to_fs(url)
         except ValueError as error:
             remedy = "name a folder of this machine, or a URL that fsspec knows (s3://, gs://, hf://)"
             raise RemoteError(f"no client knows the URL ({printable(error)})", path=url, remedy=remedy) from error
@@ -364,7 +362,7 @@ def mirrored(url: str, named: str | None = None) -> Path:
             root = root.rpartition("/")[0]
         else:
             found = _listed(fs, root, url)
-    files = {name: [int(info["size"]), stamp_in(info)] for name, info in found.items()}
+    files: dict[str, list[Any]] = {name: [int(info["size"]), stamp_in(info)] for name, info in found.items()}
     if not files:
         message = "there is no file behind the URL"
         raise CheckpointError(
@@ -372,12 +370,16 @@ def mirrored(url: str, named: str | None = None) -> Path:
         )
     if url in _LAST and _LAST[url][0] is fs and _LAST[url][1] == files:
         return _LAST[url][2]
+    small = [name for name, (size, _) in files.items() if not _WEIGHTS.fullmatch(name) and size <= _MOST_COPIED]
+    if (nbytes := sum(files[name][0] for name in small)) > _MOST_BYTES:
+        message = f"the small files in the folder have {nbytes / 1e9:.1f} GB, more than the limit of {_MOST_BYTES / 1e9:.1f} GB"
+        raise CheckpointError(message, path=url, remedy="name the folder of the model itself")
     whole = Path(tempfile.mkdtemp(dir=_home()), named or url.rpartition("/")[2])
     folder = whole.parent if single else whole
     for name, info in found.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if _WEIGHTS.fullmatch(name) or info["size"] > _MOST_COPIED:
+        if name not in small:
             put_in_place(path, Far(fs, f"{root}/{name}", int(info["size"]), stamp_in(info)))
         else:
             with talking(url):
@@ -392,8 +394,13 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     """The path of what ``given`` names on this machine: of a URL, or a path that names a URL, its mirror."""
     if is_url(given):
         return mirrored(str(given))
-    path = Path(given).expanduser()
+    path = plain_path(given).expanduser()
     return mirrored(str(url_of(path))) if is_url_path(path) else path
+
+
+def plain_path(given: str | os.PathLike[str]) -> Path:
+    """A path of this machine, which ``file://`` names too."""
+    return Path(given.removeprefix(_HERE)) if isinstance(given, str) else Path(given)
 
 
 @cache

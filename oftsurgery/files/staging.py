@@ -23,6 +23,7 @@ from .writing import (
     disk_errors,
     exists,
     folders_above,
+    missing_above,
     sync_file,
     sync_folder,
     to_disk,
@@ -72,6 +73,7 @@ class Staging:
         self._finishing: Future[None] | None = None
 
     def __enter__(self) -> Staging:
+        missing_above(self.destination)  # of a URL its error comes before any request
         self._check_free()
         with contextlib.ExitStack() as above:
             above.enter_context(folders_above(self.destination))
@@ -464,6 +466,7 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         StateError: the destination exists; the error comes before any work is done.
     """
+    missing_above(destination)
     check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
     with folders_above(destination):

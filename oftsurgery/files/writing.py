@@ -51,8 +51,8 @@ def write_files(files: Mapping[Path, bytes], *, force: bool) -> None:
     for path in files:
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
-        check_free("file", path, force=force)
         missing_above(path)
+        check_free("file", path, force=force)
     with contextlib.ExitStack() as stack:
         for path in files:
             stack.enter_context(folders_above(path))

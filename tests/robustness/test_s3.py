@@ -166,6 +166,9 @@ def serve_runs() -> None:
     printed is the child's process and its exit code. This process has imported everything and computed nothing, so it can fork.
     """
     import s3fs  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import oftsurgery.api.checkpoints  # noqa: F401
 
     for line in sys.stdin:
         destination, resume, force = line.split()
@@ -230,7 +233,7 @@ class Runs:
         return code
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_the_same_bytes(s3: S3, expected: dict[str, bytes], tmp_path: Path, count: int) -> None:
     """A run is killed at some of its requests; some runs replace an older output, and some are killed again."""
     rng, resumed = random.Random(5), 0
@@ -249,7 +252,7 @@ def test_killed_runs_resume_to_the_same_bytes(s3: S3, expected: dict[str, bytes]
             check = reader(s3, expected, *([OLD] if force else []))
             assert runs(after=after, force=force) == -signal.SIGKILL, after
             state = state_of(s3)
-            resumed += bool(state["shards"]) and "phase" not in state
+            resumed += bool(state["shards"]) and not is_published(s3, expected)
             before = sent(s3, state["shards"])
             if i % 4 == 3 and not is_published(s3, expected):
                 runs(after=after // 2, resume=True, force=force)
