@@ -53,10 +53,10 @@ def load_adapter(
     16
 
     Args:
-        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
-            ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
-            an adapter that is not called "default", and trainers save their checkpoints. Or a ``.safetensors`` file of an image
-            tool.
+        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; a Hub id: ``owner/name``,
+            ``owner/name/subfolder``, ``owner/name@revision``; or the URL of such a folder (``s3://bucket/adapter``). A folder may hold
+            its one adapter in a subfolder, as peft saves an adapter that is not called "default", and trainers save their
+            checkpoints. Or a ``.safetensors`` file of an image tool.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: the branch, tag or commit of a Hub repository.

@@ -149,11 +149,13 @@ def fold_checkpoint(
     Args:
         source: a folder with ``config.json`` and safetensors shards of transformers or diffusers, plain or
             bitsandbytes-quantised, or quantised by GPTQ, AWQ, HQQ, compressed-tensors, torchao or in FP8, whose formats are read and
-            not written; a folder with a pipeline of diffusers (``model_index.json``); or a Hub id. None: the base that
-            the adapter's config names, at the revision that it names.
+            not written; a folder with a pipeline of diffusers (``model_index.json``); a Hub id; or a URL (``s3://bucket/base``,
+            ``hf://owner/name``), whose weights are read by ranges. None: the base that the adapter's config names, at the revision
+            that it names.
         adapter: as for :func:`fold`; several adapters are the live chain. In a pipeline, names and shapes decide which model a
             module belongs to.
-        destination: a folder that does not exist yet; it appears whole, by one rename.
+        destination: a folder that does not exist yet; it appears whole, by one rename. Or a URL (``s3://bucket/out``), where the file
+            that makes the folder a model appears last.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
             ``"bf16"`` (dequantised), ``"nf4"``, ``"fp4"``, ``"int8"``. From any source the exactly rotated weight is rounded once.
             The quantised formats are those of every weight that the source holds quantised, or that loading would quantise in a
@@ -213,6 +215,8 @@ def fold_checkpoint(
         CalibrationError: there are no texts or no tokenizer, or transformers does not know the model.
         DiskError: the disk is full, read-only or in use; finished work waits to be resumed.
         EngineError: the ``executor`` has lost its workers; finished work waits to be resumed.
+        RemoteError: a URL could not be read or written; finished work waits to be resumed.
+        MissingDependencyError: the client of a URL is not installed.
     Warns:
         RoundingWarning and the others of :func:`fold`.
     """
@@ -346,8 +350,8 @@ def unfold_checkpoint(
     >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED-TOO", undo="OUTPUT.undo")            # exact, without BASE
 
     Args:
-        folded: a folder that :func:`fold_checkpoint` wrote. Of a pipeline, all models that carry a fold, or ``component``.
-        destination: a folder that does not exist yet; it appears whole, by one rename.
+        folded: a folder that :func:`fold_checkpoint` wrote, or its URL. Of a pipeline, all models that carry a fold, or ``component``.
+        destination: as for :func:`fold_checkpoint`.
         base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
             ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
         adapter: the adapter that was folded. Its true inverse rotates the weights back, quantised weights are rounded once

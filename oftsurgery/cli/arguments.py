@@ -44,12 +44,12 @@ ROUNDED = (
 _SHARED: Mapping[str, dict[str, Any]] = {
     "base": {
         "metavar": "BASE",
-        "help": "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised",
+        "help": "folder, Hub id (owner/name, owner/name@revision) or URL (s3://bucket/folder) of the model: safetensors, plain or bitsandbytes-quantised",
     },
     "adapter": {
         "metavar": "ADAPTER",
         "nargs": "+",
-        "help": "folder or Hub id (owner/name, owner/name/subfolder, owner/name@revision) of the adapter; several adapters in the live order",
+        "help": "folder, Hub id (owner/name, owner/name/subfolder, owner/name@revision) or URL of the adapter; several adapters in the live order",
     },
     "--base-revision": {
         "metavar": "REVISION",

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from big import linears, write_adapter, write_checkpoint
 from checkpoints import TOKENS, adapted, build, file_bytes, load, quiet_fold
 from rotated import CONFIG
 from s3_server import BUCKET, S3, serving, talk_to
@@ -382,6 +383,55 @@ def test_two_runs_at_one_destination(
     with pytest.raises(DiskError, match="another run has taken over this destination"):
         run(progress=meanwhile)
     assert s3.files(OUT) == expected
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys
+sys.path[:0] = {places!r}
+import resource, s3fs, torch, transformers, oftsurgery
+from big import linears, write_adapter, write_checkpoint
+from checkpoints import quiet_fold
+from pathlib import Path
+
+def memory(what):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)) / 1e3
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory begins anew
+before = memory("VmRSS")
+quiet_fold(*sys.argv[1:], trained_on="nf4", rounding="preserve", max_shard_size="300MB")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_no_file_is_held_in_memory(s3: S3, tmp_path: Path) -> None:
+    """A base of 464 MB in two files: the fold holds hardly more than a local one, and reads hardly more than is stored."""
+    write_checkpoint(tmp_path / "base", layers=4, shards=2)
+    paths = {f"model.layers.{i}.{path}": shape[1] for i in range(4) for path, shape in linears(4096, 11008).items()}
+    write_adapter(tmp_path / "adapter", paths)
+    for name in ("base", "adapter"):
+        s3.remove(name)
+        s3.put(name, file_bytes(tmp_path / name))
+
+    def peak(place: object) -> float:
+        """MB above what the process has before the fold."""
+        what = [f"{place}/{name}" for name in ("base", "adapter", "out")]
+        script = [sys.executable, "-W", "ignore", "-c", MEASURED.format(places=PLACES), *what]
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return float(done.stdout)
+
+    here, there = peak(tmp_path), peak(URL)
+    assert s3.files(OUT) == file_bytes(tmp_path / "out")
+    gets = [r for r in s3.requests if r.method == "GET" and r.path.startswith(f"/{BUCKET}/base/") and r.range]
+    stored = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
+    read = sum(r.sent for r in gets)
+    told = f"{stored / 1e6:.0f} MB: {here:.0f} MB of memory here, {there:.0f} MB on S3; {read / 1e6:.0f} MB read by {len(gets)} requests"
+    print(told)  # noqa: T201
+    assert there - here < 200
+    assert stored <= read < 1.02 * stored
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
