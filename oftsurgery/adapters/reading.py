@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
+from oftsurgery.errors import AdapterError, CheckpointError, RemoteError, SourceWarning, printable, warn_caller
 from oftsurgery.files.finding import OTHER_FORMATS, Place, given_path, place_of
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
-from oftsurgery.files.remote import fetch
+from oftsurgery.files.remote import fetched
 from oftsurgery.files.tokenizer_files import PATTERNS
 
 from .adapter import OFTAdapter
@@ -270,11 +270,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    fetch(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-        return dict(load_file(path)), metadata
+        with fetched(path) as local:
+            with safe_open(local, "pt") as file:
+                metadata = dict(file.metadata() or {})
+            return dict(load_file(local)), metadata
+    except RemoteError:
+        raise
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         message = f"the tensors cannot be read: the file is truncated, or is no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

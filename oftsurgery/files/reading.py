@@ -173,7 +173,10 @@ def _no_duplicates(path: Path) -> Any:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK if far(path) is None else PIECE))
+    file_there = far(path)
+    if file_there is not None and file_there.sha256 is not None:
+        return file_there.sha256
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK if file_there is None else PIECE))
     with opened(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

@@ -11,6 +11,7 @@ URL of such a path and of everything in a mirror.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import inspect
 import io
 import os
@@ -188,12 +189,14 @@ class Far:
         fs, path: the client, and its name of the file.
         size: the bytes of the file.
         stamp: what the client says of the contents; another stamp means other contents.
+        sha256: the hash of the contents, where the whole file was read.
     """
 
     fs: Any
     path: str
     size: int
     stamp: str
+    sha256: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _handles: dict[bool, Any] = field(default_factory=dict)
 
@@ -309,13 +312,25 @@ def with_header(path: Path, most: int) -> Iterator[Path]:
         yield local
 
 
-def fetch(path: Path) -> None:
-    """Copy a file of a mirror to its place in the mirror, whole."""
+@contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """For the body the file at ``path``, whole on this machine; of a file behind a URL a copy, whose hash is kept."""
     file = _FAR.get(path)
-    if file is not None:
+    if file is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, path.name)
         with talking(file.url):
-            file.fs.get_file(file.path, str(path))
-        del _FAR[path]
+            file.fs.get_file(file.path, str(local))
+        if local.stat().st_size != file.size:
+            raise changed(file.url)
+        digest = hashlib.sha256()
+        with local.open("rb") as content:
+            while chunk := content.read(PIECE):
+                digest.update(chunk)
+        file.sha256 = digest.hexdigest()
+        yield local
 
 
 def put_in_place(path: Path, file: Far) -> None:
@@ -455,6 +470,16 @@ def send(fs: Any, source: Path, place: str) -> Far:
             message = f"{info['size']} of {size} bytes have arrived"
             raise RemoteError(message, path=url, remedy="go on with resume=True (--resume)")
         return Far(fs, place, size, stamp_in(info))
+
+
+def abort_uploads(fs: Any, folder: str) -> None:
+    """Abort the uploads in parts, of files below a folder, whose process was killed; S3 alone keeps such parts."""
+    if not hasattr(fs, "call_s3"):
+        return
+    bucket, key, _ = fs.split_path(f"{folder}/")
+    with suppress(OSError):  # without the permission to list them, the bucket's lifecycle removes them
+        for upload in fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", []):
+            fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
 
 def anything_at(path: Path) -> bool:

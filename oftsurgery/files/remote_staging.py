@@ -23,7 +23,7 @@ from oftsurgery.errors import DiskError, StateError, called
 
 from .layout import PIPELINE
 from .reading import is_nested_name
-from .remote import Far, client, forget, put_in_place, send, stamp_in, talking, url_of
+from .remote import Far, abort_uploads, client, forget, put_in_place, send, stamp_in, talking, url_of
 from .staging import STATE, Staging
 from .writing import disk_errors, exists
 
@@ -117,13 +117,15 @@ class RemoteStaging(Staging):
         there = self._there(self._far)
         for name, entry in list(shards.items()):
             info = there.pop(name, None)
-            if info is None or [info["size"], stamp_in(info)] != entry.get("sent"):
+            # a client that says nothing of the contents proves nothing
+            if info is None or not stamp_in(info) or [info["size"], stamp_in(info)] != entry.get("sent"):
                 del shards[name]
                 there |= {} if info is None else {name: info}
             else:
                 self._stand_in(name, Far(self._fs, f"{self._far}/{name}", *entry["sent"]))
         there.pop(STATE, None)
         self._remove([f"{self._far}/{name}" for name in there])
+        abort_uploads(self._fs, self._far)
 
     def _stand_in(self, name: str, file: Far) -> None:
         path = self.folder / name
@@ -186,7 +188,8 @@ class RemoteStaging(Staging):
 
     def _publish(self, files: Sequence[tuple[str, Path]], last: str | None) -> None:
         self.settle()
-        names = [name for name in self.names() if name != last]
+        # the weights come first: a config is small, and of no use without them
+        names = sorted((n for n in self.names() if n != last), key=lambda n: n not in self.state["shards"])
         with talking(self.url, _RESUME):
             if files:
                 self._enter_phase("publishing")
@@ -243,6 +246,7 @@ class RemoteStaging(Staging):
 
     def _remove_far(self) -> None:
         with talking(self.url, _RESUME):
+            abort_uploads(self._fs, self._far)
             there = self._there(self._far)
             state = there.pop(STATE, None)
             self._remove([f"{self._far}/{name}" for name in there])
