@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# access tokens of the Hub
+# access tokens of the Hub, and passwords in URLs
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 
 
 def without_tokens(text: str, *known: str) -> str:
-    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token."""
+    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token or a password in a URL."""
     for token in known:
         text = text.replace(token, "***")
-    return _TOKEN.sub("hf_***", text)
+    return _PASSWORD.sub("***", _TOKEN.sub("hf_***", text))
 
 
 #: ``{folder of this machine: the URL}`` of folders that stand for what lies behind a URL

@@ -23,7 +23,7 @@ from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_o
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
-from oftsurgery.files.remote import is_url, local_path
+from oftsurgery.files.remote import local_path
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.stores.dequantised import dequantised
@@ -254,7 +254,7 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
         raise StateError(message, remedy=remedy)
     if not base:
         raise StateError("no base was given, and the adapter's config names no base", remedy=remedy)
-    if not (is_url(base) or Path(base).expanduser().is_dir() or hub_id_of(base) is not None):
+    if not Path(base).expanduser().is_dir() and hub_id_of(base) is None:
         message = f"no base was given, and the base that the adapter's config names, {printable(base)!r}, is not here"
         raise StateError(message, remedy=remedy)
     warn_caller(f"the base is {printable(base)}, which the adapter's config names", SourceWarning)

@@ -28,10 +28,11 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, RemoteError, StateError, called, needs, printable
 
-_URL = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+://")  # pages of the web list no files
-_PROTOCOL = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+# pages of the web list no files, and files of this machine are read as such, by the rules of links
+_URL = re.compile(r"(?!https?:|file:|local:)[A-Za-z][A-Za-z0-9+.-]+://")
+_PROTOCOL = re.compile(r"(?!https?:|file:|local:)[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
 _HERE = "file://"
-# what brings the client of a protocol, where fsspec does not say
+# what brings the client of a protocol; fsspec says it for the others
 _PACKAGES = {"s3": "'oftsurgery[remote]'", "s3a": "'oftsurgery[remote]'", "gs": "gcsfs", "gcs": "gcsfs"}
 
 #: files whose bytes stay where they are
@@ -130,15 +131,15 @@ def client(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     with needs("fsspec", "pip install 'oftsurgery[remote]'"):
         from fsspec.core import url_to_fs
+        from fsspec.registry import known_implementations
     if protocol == "hf":
         from huggingface_hub import HfFileSystem, constants
 
         fs = HfFileSystem(endpoint=constants.ENDPOINT)
         return fs, url.partition("://")[2]
-    package = _PACKAGES.get(protocol)
-    with needs(
-        f"the client of {protocol}://", f"pip install {package or f'the package that fsspec names for {protocol}://'}"
-    ):
+    said = known_implementations.get(protocol, {}).get("err", "install the package of the protocol")
+    remedy = f"pip install {_PACKAGES[protocol]}" if protocol in _PACKAGES else printable(said)
+    with needs(f"the client of {protocol}://", remedy):
         try:
             fs, path = url_to_fs(url)
         except ValueError as error:
@@ -399,6 +400,8 @@ def mirrored(url: str, named: str | None = None) -> Path:
         else:
             with talking(url):
                 fs.get_file(f"{root}/{name}", str(path))
+            if path.stat().st_size != files[name][0]:
+                raise changed(f"{url}/{name}")
     _MIRRORS[whole] = url
     called(str(whole), url)
     _LAST[url] = (fs, files, whole)

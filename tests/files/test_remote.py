@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from oftsurgery.errors import printable
 from oftsurgery.files import remote
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.reading import read_header, sha256_of
+from oftsurgery.folding.disk_tasks import Work
 
 SIZE = "350KB"
 URL = "memory://bucket"
@@ -182,6 +186,36 @@ def test_a_single_file(work: Path) -> None:
     assert oftsurgery.verify_checkpoint(f"{URL}/out.safetensors").ok
 
 
+class Elsewhere(ThreadPoolExecutor):
+    """Workers that do not see the folder of the unfinished output."""
+
+    def submit(self, attempt: Any, function: Any, *given: Any) -> Any:  # type: ignore[override]
+        given = tuple(replace(one, folder=one.folder + "/elsewhere") if isinstance(one, Work) else one for one in given)
+        return super().submit(attempt, function, *given)
+
+
+def test_workers_on_this_machine_and_elsewhere(work: Path) -> None:
+    quiet_fold(work / "base", work / "adapter", work / "out", max_shard_size=SIZE)
+    with Elsewhere(1) as executor, pytest.raises(StateError, match=r"a worker does not see the folder.*set TMPDIR"):
+        fold(executor=executor)
+    with ThreadPoolExecutor(2) as executor:
+        fold(executor=executor)
+    assert files_at(f"{URL}/out") == file_bytes(work / "out")
+
+
+def test_no_url_of_an_adapters_config_is_opened(work: Path) -> None:
+    """The config is somebody else's: a base that it names is no reason to talk to a server."""
+    config = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    put(
+        f"{URL}/adapter",
+        {"adapter_config.json": json.dumps(config | {"base_model_name_or_path": f"{URL}/base"}).encode()},
+    )
+    with pytest.raises(
+        StateError, match=r"no base was given, and the base that the adapter's config names, .* is not here"
+    ):
+        fold(None)  # type: ignore[arg-type]
+
+
 def test_an_adapter_in_a_subfolder_brings_its_tokenizer(work: Path) -> None:
     adapter = file_bytes(work / "adapter") | {"tokenizer.json": b'{"own": 1}', "tokenizer_config.json": b"{}"}
     put(f"{URL}/trainer", {f"checkpoint-5/{name}": data for name, data in adapter.items()})
@@ -204,6 +238,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"source": "nope://bucket/base"},
         RemoteError,
         r"no client knows the URL .*\[at nope://bucket/base\]",
+    ),
+    "a password": (
+        {"source": "nope://me:secret@host/base"},
+        RemoteError,
+        r"\[at nope://\*\*\*@host/base\]",
+    ),
+    "a client that is not installed": (
+        {"source": "abfs://container/base"},
+        oftsurgery.MissingDependencyError,
+        "the client of abfs:// is not installed Remedy: Install adlfs to access",
     ),
     "nothing there": (
         {"source": f"{URL}/nowhere"},
