@@ -48,7 +48,7 @@ PIECE = 16 << 20
 # how many parts of an upload are on their way at once
 _AT_ONCE = 4
 # a read of at most so many bytes takes a block, which the next small reads find
-_SMALL, _BLOCK, _BLOCKS = 64 << 10, 128 << 10, 8
+_SMALL, _BLOCK, _BLOCKS = 64 << 10, 128 << 10, 4
 # fields in which clients say which contents a file has, the surest first
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "blob_id", "mtime", "LastModified", "updated", "created")
 
