@@ -46,7 +46,7 @@ _MOST_FILES, _MOST_LEVELS = 2_000, 4
 #: bytes of one request, and of a part of an upload
 PIECE = 16 << 20
 # how many parts of an upload are on their way at once
-_AT_ONCE = 4
+_AT_ONCE = 2
 # a read of at most so many bytes takes a block, which the next small reads find
 _SMALL, _BLOCK, _BLOCKS = 64 << 10, 128 << 10, 4
 # fields in which clients say which contents a file has, the surest first
@@ -454,7 +454,7 @@ def _listed(fs: Any, root: str, url: str) -> dict[str, Any]:
 
 
 def send(fs: Any, source: Path, place: str) -> Far:
-    """Copy a file of this machine to ``place``, in parts where the client knows parts: :data:`PIECE` bytes of four parts are in memory.
+    """Copy a file of this machine to ``place``, in parts where the client knows parts: two parts of :data:`PIECE` bytes are in memory.
     A client that fails removes its parts.
 
     Raises:
