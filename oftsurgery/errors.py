@@ -15,22 +15,45 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# access tokens of the Hub
+# access tokens of the Hub, and passwords in URLs
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 
 
 def without_tokens(text: str, *known: str) -> str:
-    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token."""
+    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token or a password in a URL."""
     for token in known:
         text = text.replace(token, "***")
-    return _TOKEN.sub("hf_***", text)
+    return _PASSWORD.sub("***", _TOKEN.sub("hf_***", text))
+
+
+#: ``{folder of this machine: the URL}`` of folders that stand for what lies behind a URL
+_CALLED: dict[str, str] = {}
+
+
+def called(folder: str, url: str) -> None:
+    """From now on messages name the ``url`` in place of the ``folder``, which stands for the URL on this machine."""
+    _CALLED[folder] = url
+
+
+# the beginning of a path that names a URL
+_URL_PATH = re.compile(r"(?!https?:|file:)[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def _as_called(given: object) -> str:
+    text = str(given)
+    if hasattr(given, "as_posix") and (named := _URL_PATH.match(posix := given.as_posix())):  # a path
+        text = f"{named[0]}/{posix[named.end() :]}"
+    for folder, url in _CALLED.items():
+        text = text.replace(folder, url)
+    return text
 
 
 def printable(text: object, limit: int = 200) -> str:
     """``text`` for a message. Control characters are escaped, because names come from untrusted files; access tokens
     become stars; the text is cut to ``limit`` characters.
     """
-    text = without_tokens(str(text))
+    text = without_tokens(_as_called(text))
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
@@ -100,7 +123,7 @@ class OFTSurgeryError(Exception):
         self.expected = tuple(expected) if expected is not None else None
         self.format = format
         self.remedy = remedy
-        place = None if path is None else str(path)
+        place = None if path is None else _as_called(path)
         super().__init__(self._text(place))
         self.path = place  # set after ImportError's __init__, which clears the attribute `path`
 
@@ -183,6 +206,10 @@ class HubError(OFTSurgeryError, OSError):
 
 class MatchError(OFTSurgeryError):
     """Adapter modules and model modules do not correspond one to one."""
+
+
+class RemoteError(OFTSurgeryError, OSError):
+    """A URL could not be read or written: network, permission, or a file that has changed meanwhile."""
 
 
 class ShapeError(OFTSurgeryError):

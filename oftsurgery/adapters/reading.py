@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
-from oftsurgery.files.finding import OTHER_FORMATS, Place, place_of
+from oftsurgery.errors import AdapterError, CheckpointError, RemoteError, SourceWarning, printable, warn_caller
+from oftsurgery.files.finding import OTHER_FORMATS, Place, given_path, place_of
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
+from oftsurgery.files.remote import fetched
 from oftsurgery.files.tokenizer_files import PATTERNS
 
 from .adapter import OFTAdapter
@@ -89,7 +90,7 @@ def single_file(
     Raises:
         AdapterError: there is no such file, or the file is no safetensors file.
     """
-    path = Path(given).expanduser()
+    path = given_path(given)
     if path.is_file():
         if path.name == ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).is_file():
             message = f"the path is the tensors' file of an adapter's folder, beside {ADAPTER_CONFIG}"
@@ -144,7 +145,7 @@ def find_adapter(
     Warns:
         SourceWarning: the adapter is in a subfolder that the caller did not name.
     """
-    path = Path(path_or_repo).expanduser()
+    path = given_path(path_or_repo)
     if path.exists() and not path.is_dir():
         message = "an adapter is a folder, but the path is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {ADAPTER_CONFIG}")
@@ -272,9 +273,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load_file
 
     try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-        return dict(load_file(path)), metadata
+        with fetched(path) as local:
+            with safe_open(local, "pt") as file:
+                metadata = dict(file.metadata() or {})
+            return dict(load_file(local)), metadata
+    except RemoteError:
+        raise
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         message = f"the tensors cannot be read: the file is truncated, or is no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

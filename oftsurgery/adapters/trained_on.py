@@ -18,6 +18,7 @@ from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError, prin
 from oftsurgery.files.finding import checkpoint_place, hub_id_of
 from oftsurgery.files.layout import CONFIG
 from oftsurgery.files.reading import inside
+from oftsurgery.files.remote import is_url
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
 TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
@@ -119,10 +120,10 @@ def trained_on_in(folder: Path) -> list[TrainedOn]:
 
 def trained_on_base(config: Mapping[str, Any]) -> list[TrainedOn]:
     """What the base that an adapter's ``config`` names says of its own weights, where they are quantised. A plain base says
-    nothing, since a trainer may quantise while it loads; nor does a base that is not on this machine.
+    nothing, since a trainer may quantise while it loads; nor does a base that is not on this machine, or behind a URL.
     """
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or is_url(base):
         return []
     with suppress(OFTSurgeryError, ValueError, OSError, RecursionError):
         file = checkpoint_place(base, None if Path(base).is_dir() else revision or None).on_disk(CONFIG)

@@ -23,6 +23,7 @@ from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_o
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline
+from oftsurgery.files.remote import local_path
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.stores.dequantised import dequantised, open_models
@@ -53,10 +54,10 @@ def load_adapter(
     16
 
     Args:
-        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
-            ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
-            an adapter that is not called "default", and trainers save their checkpoints. Or a ``.safetensors`` file of an image
-            tool.
+        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; a Hub id: ``owner/name``,
+            ``owner/name/subfolder``, ``owner/name@revision``; or the URL of such a folder (``s3://bucket/adapter``). A folder may hold
+            its one adapter in a subfolder, as peft saves an adapter that is not called "default", and trainers save their
+            checkpoints. Or a ``.safetensors`` file of an image tool.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: the branch, tag or commit of a Hub repository.
@@ -224,7 +225,7 @@ def opened_model(
     """
     if is_single_file(source):
         _check_one_model(component, Path(source))
-        return open_single_file(Path(source))
+        return open_single_file(local_path(source))
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
@@ -268,7 +269,7 @@ def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: s
     """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
     named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
     if is_single_file(base):
-        return open_single_file(Path(base))
+        return open_single_file(local_path(base))
     at = base_revision(base, None, named, "the fold's record")
     folder = find_checkpoint(base, revision=at, variant=variant)
     return replace(dequantised(open_checkpoint(folder, variant)), revision=checkpoint_place(base, at).revision)

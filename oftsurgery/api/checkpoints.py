@@ -17,6 +17,7 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline
+from oftsurgery.files.remote import check_here, located
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_tasks import Engine
@@ -76,6 +77,8 @@ def plan_fold(
 def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[OFTAdapter]) -> CheckpointPlan:
     """The plan of the fold of one model."""
     mode: RoundingMode = settings.rounding or "preserve"
+    if mode == "calibrated":
+        check_here(opened.folder, "a calibration")
     settings, trained = as_trained(settings, opened, adapters)
     plan = (plan_checkpoint if mode == "calibrated" or settings.undo is not None else plan_remembered)(
         opened,
@@ -144,11 +147,13 @@ def fold_checkpoint(
     Args:
         source: a folder with ``config.json`` and safetensors shards of transformers or diffusers, plain or
             bitsandbytes-quantised, or quantised by GPTQ, AWQ, HQQ, compressed-tensors, torchao or in FP8 (``"same"`` keeps the formats
-            of HQQ, compressed-tensors and FP8 alone); a folder with a pipeline of diffusers (``model_index.json``); or a Hub id. None: the base that
-            the adapter's config names, at the revision that it names.
+            of HQQ, compressed-tensors and FP8 alone); a folder with a pipeline of diffusers (``model_index.json``); a Hub id; or a
+            URL (``s3://bucket/base``, ``hf://owner/name``), whose weights are read by ranges. None: the base that the adapter's
+            config names, at the revision that it names.
         adapter: as for :func:`fold`; several adapters are the live chain. In a pipeline, names and shapes decide which model a
             module belongs to.
-        destination: a folder that does not exist yet; it appears whole, by one rename.
+        destination: a folder that does not exist yet; it appears whole, by one rename. Or a URL (``s3://bucket/out``), where the file
+            that makes the folder a model appears last.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
             ``"bf16"`` (dequantised), ``"nf4"``, ``"fp4"``, ``"int8"``. From any source the exactly rotated weight is rounded once.
             The quantised formats are those of every weight that the source holds quantised, or that loading would quantise in a
@@ -210,6 +215,8 @@ def fold_checkpoint(
         CalibrationError: there are no texts or no tokenizer, or transformers does not know the model.
         DiskError: the disk is full, read-only or in use; finished work waits to be resumed.
         EngineError: the ``executor`` has lost its workers; finished work waits to be resumed.
+        RemoteError: a URL could not be read or written; finished work waits to be resumed.
+        MissingDependencyError: the client of a URL is not installed.
     Warns:
         RoundingWarning and the others of :func:`fold`.
     """
@@ -249,7 +256,7 @@ def fold_checkpoint(
             engine = Engine(workers, functools.partial(with_links, follow_links, again, device), device)
         if isinstance(plan, PipelinePlan):
             return _fold_pipeline(
-                plan, Path(destination), device, engine, resume=resume, force=force, progress=progress
+                plan, located(destination), device, engine, resume=resume, force=force, progress=progress
             )
         texts = None
         if mode == "calibrated":
@@ -267,7 +274,7 @@ def fold_checkpoint(
                 calibrate = functools.partial(checkpoint_inputs, plan, texts, progress=beside.batch, **where)
             record = run_plan(
                 plan,
-                Path(destination),
+                located(destination),
                 device=device if engine is None else "cpu",
                 resume=resume,
                 force=force,
@@ -343,8 +350,8 @@ def unfold_checkpoint(
     >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED-TOO", undo="OUTPUT.undo")            # exact, without BASE
 
     Args:
-        folded: a folder that :func:`fold_checkpoint` wrote. Of a pipeline, all models that carry a fold, or ``component``.
-        destination: a folder that does not exist yet; it appears whole, by one rename.
+        folded: a folder that :func:`fold_checkpoint` wrote, or its URL. Of a pipeline, all models that carry a fold, or ``component``.
+        destination: as for :func:`fold_checkpoint`.
         base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
             ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
         adapter: the adapter that was folded. Its true inverse rotates the weights back, quantised weights are rounded once
@@ -387,9 +394,9 @@ def unfold_checkpoint(
             how: dict[str, Any] = {"device": device, "resume": resume, "force": force, "progress": step}
             if isinstance(plan, PipelinePlan):
                 writer_of = None if engine is None else engine.writer
-                return run_pipeline(plan, Path(destination), **how, writer_of=writer_of)
+                return run_pipeline(plan, located(destination), **how, writer_of=writer_of)
             write_shards = None if engine is None else engine.writer()
-            return run_plan(plan, Path(destination), **how, write_shards=write_shards)
+            return run_plan(plan, located(destination), **how, write_shards=write_shards)
 
 
 def plan_back(

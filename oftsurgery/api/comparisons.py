@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from oftsurgery.errors import StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.links import following_links, links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline
+from oftsurgery.files.remote import check_here, local_path, url_path
 from oftsurgery.progress import Progress, shown
 from oftsurgery.stores.dequantised import dequantised, open_models
 from oftsurgery.stores.idle import is_idle
@@ -137,7 +138,7 @@ class _Given:
     def begin(self, follow_links: bool, component: str, tolerance: float | None) -> Comparison:
         """The comparison of one model, in a worker."""
         with links_followed(follow_links):
-            parts = self.models()[component]
+            parts = replace(self, folder=local_path(self.folder)).models()[component]
             return begin_comparison(*parts, tolerance=tolerance, idle=_idle_in(parts[0]))
 
 
@@ -158,7 +159,7 @@ def compare_with_base(
     for name, (opened, start, adapters) in given.models().items():
         begin = b""
         if executor is not None:
-            there = _Given(folder.absolute(), here(base), here(adapter), component, variant)
+            there = _Given(url_path(folder) or folder.absolute(), here(base), here(adapter), component, variant)
             begin = pickle.dumps(partial(there.begin, following_links(), name, tolerance))
         reports[name] = _check(opened, start, adapters, texts, tolerance, executor, begin)
     pipelines = given.pipelines()
@@ -175,6 +176,8 @@ def _check(
     begin: bytes,
 ) -> CheckpointReport:
     """The check of one model."""
+    for checkpoint in [] if texts is None else [opened, start]:
+        check_here(checkpoint.folder, "a comparison on texts")
     # scores of tokens are large, so few texts are run at once
     batches = [] if texts is None else given_batches(texts, opened.folder, size=4)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.remote import check_here
 from oftsurgery.files.writing import check_free
 from oftsurgery.folding.export import format_named, save_model
 from oftsurgery.gguf.export import GgufReport, export_folder
@@ -141,6 +142,7 @@ def export_onnx(
     record = None
     if isinstance(model, (str, PathLike)):
         folder = find_checkpoint(model)
+        check_here(folder, "an export")
         record = record_in(folder)
         tokenizer = "base" if tokenizer is None else tokenizer
         model = load_model(folder)
@@ -204,9 +206,11 @@ def export_gguf(
         MissingDependencyError: the package of the ``gguf`` extra is not installed.
         DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
+    found = find_checkpoint(folder)
+    check_here(found, "an export")
     with shown(progress, "export", "stage") as step:
         return export_folder(
-            find_checkpoint(folder),
+            found,
             Path(destination),
             Path(converter),
             dtype=dtype,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from oftsurgery.errors import StateError, printable
 from oftsurgery.files.links import links_followed
+from oftsurgery.files.remote import located
+from oftsurgery.files.staging import place_in_full
 from oftsurgery.folding.disk_many import run_many
 from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.pipelines import PipelinePlan
@@ -61,15 +62,15 @@ def fold_many(
     usable_device(device)
     given = [_checked(fold, settings) for fold in folds]
     outputs = [str(fold["output"]) for fold in given]
-    if len({Path(output).resolve() for output in outputs}) < len(outputs):
+    if len({place_in_full(located(output)) for output in outputs}) < len(outputs):
         message = "two folds have one output"
         raise StateError(message, path=max(outputs, key=outputs.count), remedy="name an output for each fold")
     with links_followed(follow_links):
         planned = {output: _plan_or_error(source, fold) for output, fold in zip(outputs, given, strict=True)}
-        plans = {Path(output): plan for output, plan in planned.items() if isinstance(plan, CheckpointPlan)}
+        plans = {located(output): plan for output, plan in planned.items() if isinstance(plan, CheckpointPlan)}
         with shown(progress, "fold") as step:
             run = run_many(plans, device=device, resume=resume, force=force, progress=step)
-    return {output: plan if isinstance(plan, Exception) else run[Path(output)] for output, plan in planned.items()}
+    return {output: plan if isinstance(plan, Exception) else run[located(output)] for output, plan in planned.items()}
 
 
 def _plan_or_error(source: str | PathLike[str], fold: Mapping[str, Any]) -> CheckpointPlan | Exception:

@@ -10,9 +10,10 @@ from typing import Any
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
-from oftsurgery.files.finding import checkpoint_place
+from oftsurgery.files.finding import checkpoint_place, given_path
 from oftsurgery.files.layout import PIPELINE, is_single_file
 from oftsurgery.files.reading import read_json, sizes_in
+from oftsurgery.files.remote import local_path
 from oftsurgery.files.writing import write_files
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_at, records_in
@@ -76,7 +77,7 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
         CheckpointError: the folder does not exist, or its record cannot be read.
     """
     if is_single_file(folder):
-        return records_in(Path(folder).expanduser())
+        return records_in(local_path(folder))
     place = checkpoint_place(folder)
     return records_in(place.fetch([RECORD, f"*/{RECORD}", PIPELINE]))
 
@@ -87,7 +88,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
     if not isinstance(source, (str, PathLike)):
         message = f"a report needs a record, a folder or a file, not a {type(source).__name__}"
         raise StateError(message, remedy="give the record (folded.oftsurgery), or the folder that a fold wrote")
-    path = Path(source).expanduser()
+    path = given_path(source)
     folder = path if path.is_dir() else None
     record = record_at(path) if folder is None and not is_single_file(path) else records_in(path)
     if record is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.errors import StateError, printable
+from oftsurgery.files.remote import is_url_path, located
 from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.disk_slices import finish_slices, run_slice, slices_of
 from oftsurgery.folding.pipelines import PipelinePlan
@@ -66,7 +67,7 @@ def fold_slice(
     plan = _plan(source, adapter, settings)
     usable_device(device)
     with shown(progress, f"slice {slice_[0]}/{slice_[1]}") as step:
-        return run_slice(plan, Path(destination), *slice_, device=device, force=force, progress=step)
+        return run_slice(plan, _on_disk(destination), *slice_, device=device, force=force, progress=step)
 
 
 def finish_fold(
@@ -81,9 +82,25 @@ def finish_fold(
     """Complete and publish a fold whose slices are all written."""
     plan = _plan(source, adapter, settings)
     with shown(progress, "finish") as step:
-        record = finish_slices(plan, Path(destination), force=force, progress=step)
+        record = finish_slices(plan, _on_disk(destination), force=force, progress=step)
     assert record is not None  # noqa: S101 - a fold has one
     return record
+
+
+def _on_disk(destination: str | PathLike[str]) -> Path:
+    """The destination of slices, which write parts of one file.
+
+    Raises:
+        StateError: the destination is behind a URL, where no file has parts.
+    """
+    path = located(destination)
+    if is_url_path(path):
+        raise StateError(
+            "slices write parts of one file, which a place behind a URL does not take",
+            path=str(destination),
+            remedy="name a folder that all slices see, and copy it; or fold to the URL in one process, with executor=… (--ray) if need be",
+        )
+    return path
 
 
 def _plan(

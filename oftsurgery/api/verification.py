@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
@@ -14,6 +13,7 @@ from oftsurgery.errors import StateError
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
+from oftsurgery.files.remote import local_path
 
 from .opened_executor import opened_executor
 
@@ -82,7 +82,7 @@ def verify_checkpoint(
         message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
         raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
     with links_followed(follow_links), opened_executor(executor) as workers:
-        folder = Path(folded).expanduser() if is_single_file(folded) else find_checkpoint(folded, whole=True)
+        folder = local_path(folded) if is_single_file(folded) else find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
             return check_files(folder if component is None else folder / component, workers)
         from .comparisons import compare_with_base  # imports torch

@@ -22,10 +22,11 @@ from oftsurgery.adapters.image_keys import has_image_keys, kind_of_other
 from oftsurgery.adapters.reading import DIFFUSERS_FILE, find_adapter, read_adapter
 from oftsurgery.errors import CheckpointError, OFTSurgeryError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint, given_path
 from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, is_single_file, variants_in
 from oftsurgery.files.pipeline import is_pipeline, open_pipeline
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header
+from oftsurgery.files.remote import local_path
 from oftsurgery.stores.components import split_adapters
 from oftsurgery.stores.dequantised import dequantised
 from oftsurgery.stores.folder import FolderStore
@@ -75,7 +76,7 @@ def doctor(
     elif (file := _file_of_adapter(path_or_model)) is not None:
         found = examine_adapter(file, base)
     elif is_single_file(path_or_model):
-        found = examine_checkpoint(Path(path_or_model).expanduser(), base, adapter)
+        found = examine_checkpoint(local_path(path_or_model), base, adapter)
     elif (folder := _folder_of_adapter(path_or_model)) is not None:
         found = examine_adapter(folder, base)
     else:
@@ -110,7 +111,7 @@ def _readable(model: Checkpoint) -> Checkpoint:
 
 def _file_of_adapter(path: str | PathLike[str]) -> Path | None:
     """The single file of an image tool's adapter at ``path``, or in this folder; None for anything else."""
-    given = Path(path).expanduser()
+    given = given_path(path)
     file = given / DIFFUSERS_FILE if given.is_dir() and not (given / ADAPTER_CONFIG).is_file() else given
     if not is_single_file(file) or (file.name == ADAPTER_TENSORS and (file.parent / ADAPTER_CONFIG).is_file()):
         return None

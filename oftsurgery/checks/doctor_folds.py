@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from oftsurgery.errors import MatchError, share
 from oftsurgery.files.checkpoint import open_checkpoint, open_single_file
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.layout import is_single_file
+from oftsurgery.files.remote import local_path
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
@@ -255,7 +255,9 @@ def _judge_weight(
     # the cost of storing, with room for a base that was itself quantised on the way
     limit = 2 * rounding + 1e-3
     off, nearest = far.get("right_fold", math.inf), min(far, key=lambda k: far[k], default="none")
-    if "right_fold" in far and far[nearest] > _BETTER * off:  # chance alone may have brought the weight nearer to another candidate
+    if (
+        "right_fold" in far and far[nearest] > _BETTER * off
+    ):  # chance alone may have brought the weight nearer to another candidate
         nearest = "right_fold"
     if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
         return None, part
@@ -335,7 +337,7 @@ def open_store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, plain_paths(base))
     if is_single_file(base):
-        return FolderStore(open_single_file(Path(base)))
+        return FolderStore(open_single_file(local_path(base)))
     return FolderStore(dequantised(open_checkpoint(find_checkpoint(base))))
 
 

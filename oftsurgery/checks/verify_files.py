@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from oftsurgery.errors import StateError
 from oftsurgery.files.reading import inside, is_nested_name, sha256_of
+from oftsurgery.files.remote import url_path
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, records_in
 from oftsurgery.tasks import mapped
@@ -42,8 +43,10 @@ def file_checks(folder: Path, record: FoldRecord, executor: Executor | None = No
     """The state of each file that the record names, by the recorded hashes, which the ``executor`` computes if there is one."""
     there = [n for n in sorted(record.files) if not (is_nested_name(n) and not os.path.lexists(folder / n))]
     # `inside` refuses a name or a link that leaves the folder
-    paths = [(inside(folder, name, nested=True).absolute(),) for name in there]
-    hashes = dict(zip(there, mapped(executor, sha256_of, paths), strict=True))
+    paths = [inside(folder, name, nested=True).absolute() for name in there]
+    if executor is not None:  # another process finds a file behind a URL by its URL
+        paths = [url_path(path) or path for path in paths]
+    hashes = dict(zip(there, mapped(executor, sha256_of, [(path,) for path in paths]), strict=True))
     states: dict[str, FileCheck] = {
         n: "missing" if n not in hashes else "ok" if hashes[n] == record.files[n] else "changed"
         for n in sorted(record.files)

@@ -44,12 +44,12 @@ ROUNDED = (
 _SHARED: Mapping[str, dict[str, Any]] = {
     "base": {
         "metavar": "BASE",
-        "help": "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised",
+        "help": "folder, Hub id (owner/name, owner/name@revision) or URL (s3://bucket/folder) of the model: safetensors, plain or bitsandbytes-quantised",
     },
     "adapter": {
         "metavar": "ADAPTER",
         "nargs": "+",
-        "help": "folder or Hub id (owner/name, owner/name/subfolder, owner/name@revision) of the adapter; several adapters in the live order",
+        "help": "folder, Hub id (owner/name, owner/name/subfolder, owner/name@revision) or URL of the adapter; several adapters in the live order",
     },
     "--base-revision": {
         "metavar": "REVISION",
@@ -332,7 +332,7 @@ def base_of(args: argparse.Namespace) -> str:
         from oftsurgery.api.arguments import loaded_adapters, named_base
 
         args.base = named_base(loaded_adapters(adapters_of(args)))
-    return str(checkpoint_place(args.base, getattr(args, "base_revision", None)))
+    return checkpoint_place(args.base, getattr(args, "base_revision", None)).spelled
 
 
 def adapters_of(args: argparse.Namespace) -> list[Any]:

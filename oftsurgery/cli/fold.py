@@ -31,9 +31,12 @@ from .printing import facts_beside, print_facts, print_table, progress_for, size
 from .warmup import begin_compiling
 
 _BASE = (
-    "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised; may be left "
-    "out before one adapter (default: the base that the adapter's config names)"
+    "folder, Hub id (owner/name, owner/name@revision) or URL (s3://bucket/folder) of the model: safetensors, plain or "
+    "bitsandbytes-quantised; may be left out before one adapter (default: the base that the adapter's config names)"
 )
+
+
+_OUTPUT = "folder to write, or its URL (s3://bucket/folder), which must not exist"
 
 
 #: flags of a fold that belong to one adapter, and what only a fold of one adapter does
@@ -75,7 +78,9 @@ def add_commands(command: AddCommand) -> None:
     text = "fold an adapter into a checkpoint"
     fold = command("fold", text, "BASE ADAPTER OUTPUT --trained-on nf4-double --format bnb", _fold, ["merge"])
     fold.add_shared("base", nargs="?", help=_BASE)
-    fold.add_shared("adapter", "output", "--format", *FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, *RAY_FLAGS, "--dry-run")
+    fold.add_shared("adapter")
+    fold.add_shared("output", help=_OUTPUT)
+    fold.add_shared("--format", *FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, *RAY_FLAGS, "--dry-run")
     steps = fold.add_mutually_exclusive_group()
     steps.add_argument(
         "--slice",
@@ -101,7 +106,7 @@ def add_commands(command: AddCommand) -> None:
 
     unfold = command("unfold", "take the last fold out of a checkpoint", "FOLDED OUTPUT --base BASE", _unfold)
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
-    unfold.add_shared("output")
+    unfold.add_shared("output", help=_OUTPUT)
     how = unfold.add_mutually_exclusive_group(required=True)
     how.add_argument("--base", help="checkpoint that was folded; the unfold restores its bytes exactly")
     how.add_argument(

@@ -20,8 +20,10 @@ def add_commands(command: AddCommand) -> None:
     verify.add_argument(
         "folded", metavar="FOLDED", help="folded checkpoint; without BASE and ADAPTER only its hashes are checked"
     )
-    verify.add_shared("base", nargs="?", help="folder or Hub id of the model that was folded")
-    verify.add_shared("adapter", nargs="*", help="folder or Hub id of the adapter; several adapters in the live order")
+    verify.add_shared("base", nargs="?", help="folder, Hub id or URL of the model that was folded")
+    verify.add_shared(
+        "adapter", nargs="*", help="folder, Hub id or URL of the adapter; several adapters in the live order"
+    )
     verify.add_argument(
         "--tolerance",
         type=float,

@@ -17,6 +17,7 @@ from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, prin
 
 from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, no_variant, two_checkpoints, weight_map_in
 from .reading import TensorEntry, damaged, inside, read_header, read_json
+from .remote import opened, stamp_of
 from .wrappers import plain_names
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -65,7 +66,7 @@ class Checkpoint:
         """The tensor ``name``, in new memory."""
         entry = self.entries[name]
         buffer = bytearray(entry.nbytes)
-        with (self.weights / entry.file).open("rb") as file:
+        with opened(self.weights / entry.file) as file:
             file.seek(entry.start)
             if file.readinto(buffer) < entry.nbytes:
                 raise self._ended(entry)
@@ -77,7 +78,7 @@ class Checkpoint:
         """The bytes of tensor ``name``, a few megabytes at a time."""
         entry = self.entries[name]
         left = entry.nbytes
-        with (self.weights / entry.file).open("rb") as file:
+        with opened(self.weights / entry.file) as file:
             file.seek(entry.start)
             while left:
                 chunk = file.read(min(left, _CHUNK))
@@ -113,9 +114,9 @@ class Checkpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Sizes and times of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
-        stats = {name: (self.weights / name).stat() for name in self.files}
-        return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
+        """Sizes and times (or stamps) of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
+        stamps = {name: stamp_of(self.weights / name) for name in self.files}
+        return {"files": stamps, "config": dict(self.config)}
 
 
 def open_single_file(path: Path) -> Checkpoint:

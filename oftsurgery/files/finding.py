@@ -32,6 +32,7 @@ from .layout import (
     without_other_variants,
 )
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
+from .remote import is_url, local_path, mirrored
 
 # patterns of the files that a fold needs beside the weights
 _NEEDED = PATTERNS
@@ -102,7 +103,8 @@ class Place:
         if not folder.resolve().is_relative_to(self.folder.resolve()):
             message = f"the subfolder {printable(subfolder)!r} is a link that leaves the folder"
             raise self.refusal(message, path=self.given, remedy="give the folder to which the link leads")
-        return replace(self, given=str(Path(self.given, *parts)), folder=folder)
+        given = "/".join([self.given.rstrip("/"), *parts]) if is_url(self.given) else str(Path(self.given, *parts))
+        return replace(self, given=given, folder=folder)
 
     def fetch(self, patterns: list[str] | None, *, but: list[str] | None = None) -> Path:
         """The place's folder. The folder of a Hub repository has the files that match ``patterns``, without the files that
@@ -161,6 +163,30 @@ class Place:
         below = f"{self.subfolder}/" if self.subfolder else ""
         return sorted(name.removeprefix(below) for name in found if name.startswith(below))
 
+    @property
+    def spelled(self) -> str:
+        """The user's name for the place, with its revision."""
+        if self.folder is not None:
+            return self.given
+        below, at = (
+            f"/{self.subfolder}" if self.subfolder else "",
+            f"@{self.revision}" if self.revision is not None else "",
+        )
+        return f"{HUB}{self.repo}{at}{below}" if self.given.startswith(HUB) else f"{self.repo}{below}{at}"
+
+    def streamed(self) -> Path:
+        """The mirror of the place on the Hub at the commit that its revision has now: a folder that is named as in the Hub's cache.
+
+        Raises:
+            OFTSurgeryError: the repository or the revision does not exist, or the Hub cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        with self._talking():
+            commit = HfApi().model_info(self.repo, revision=self.revision).sha
+        below = f"/{self.subfolder}" if self.subfolder else ""
+        return mirrored(f"{HUB}{self.repo}@{commit}{below}", f"snapshots/{commit}{below}")
+
     @contextmanager
     def _talking(self) -> Iterator[None]:
         """Turn the client's errors into ``refusal``."""
@@ -198,10 +224,15 @@ def _without_notes() -> Iterator[None]:
         log.setLevel(before)
 
 
+def given_path(given: str | PathLike[str]) -> Path:
+    """The path that the user has given; of a URL, but ``hf://``, the mirror."""
+    return Path(given).expanduser() if str(given).startswith(HUB) else local_path(given)
+
+
 def place_of(
     given: str | PathLike[str], refusal: type[OFTSurgeryError], remedy: str, *, revision: str | None = None
 ) -> Place:
-    """The place that ``given`` names: the user's folder where it exists, else a Hub repository.
+    """The place that ``given`` names: the user's folder where it exists, the mirror of a folder behind a URL, else a Hub repository.
 
     Args:
         refusal: the class of the errors about the place.
@@ -211,11 +242,11 @@ def place_of(
     Raises:
         OFTSurgeryError: ``given`` names neither a folder nor a repository, or no repository has a revision of this name.
     """
-    path = Path(given).expanduser()
+    path = given_path(given)
     if path.is_dir():
         if revision is not None:
             message = f"a local folder has no revisions, but the revision {printable(revision)!r} was given"
-            raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
+            raise refusal(message, path=given, remedy="give the Hub id 'owner/name', or leave the revision out")
         return Place(str(given), path, "", "", None, refusal, remedy)
     match = _hub_id(given)
     if path.exists() or match is None:
@@ -285,13 +316,15 @@ def find_checkpoint(
 ) -> Path:
     """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
     a fold needs, or with ``whole`` all files. A fold needs the weights that transformers reads: the shards of the index,
-    else ``model.safetensors``.
+    else ``model.safetensors``. Of a URL, ``hf://`` too, the folder is a mirror, whose weights stay behind the URL.
 
     Raises:
         CheckpointError: ``path_or_repo`` is neither a folder nor a repository that can be read, or the repository has no
             such weights.
     """
     place = checkpoint_place(path_or_repo, revision)
+    if place.folder is None and str(path_or_repo).startswith(HUB) and not _offline():
+        return place.streamed()
     if place.folder is not None or whole:
         return place.fetch(None)
     folder = place.fetch(_NEEDED, but=OTHER_FORMATS)
@@ -315,6 +348,12 @@ def find_checkpoint(
     if layout_of(folder, variant) is None:
         raise no_checkpoint(place.given, place.names())
     return folder
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _fetch_what_it_names(place: Place, folder: Path) -> None:
@@ -341,7 +380,7 @@ def _shards(place: Place, folder: Path, layout: Layout) -> list[str]:
 
 def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = None) -> Place:
     """The place of a checkpoint, whose errors are :class:`CheckpointError`."""
-    path = Path(path_or_repo).expanduser()
+    path = given_path(path_or_repo)
     if path.is_file():  # GGUF, a pickle or one shard
         raise no_checkpoint(path, [path.name], "the path is a file, not a folder")
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"

@@ -11,6 +11,7 @@ from typing import Any
 from oftsurgery.errors import CheckpointError, printable
 
 from .reading import ADAPTER_CONFIG, damaged, inside, read_json
+from .remote import is_url, plain_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,8 +144,8 @@ PIPELINE = "model_index.json"
 
 
 def is_single_file(path: object) -> bool:
-    """Whether ``path`` names a file of safetensors."""
-    return str(path).endswith(".safetensors") and Path(str(path)).expanduser().is_file()
+    """Whether ``path`` names a file of safetensors, here or behind a URL."""
+    return str(path).endswith(".safetensors") and (is_url(path) or plain_path(str(path)).expanduser().is_file())
 
 
 def no_checkpoint(place: object, names: Collection[str], otherwise: str | None = None) -> CheckpointError:

@@ -19,6 +19,7 @@ from oftsurgery.dtype_names import SAFETENSORS
 from oftsurgery.errors import CheckpointError, printable
 
 from .links import check_link
+from .remote import PIECE, far, opened, with_header
 
 #: the two files of an adapter
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -113,10 +114,16 @@ def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
 
 def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
     """The tensors and metadata of a safetensors file, in the order of their bytes."""
+    with with_header(path, _MAX_HEADER_BYTES) as local:
+        return _read_header(path, local)
+
+
+def _read_header(path: Path, local: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
+    """:func:`read_header` of the file at ``path``, whose header and length the file at ``local`` has."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as checked:  # the library's checks of lengths, offsets and overlaps
+        with safe_open(local, framework="pt") as checked:  # the library's checks of lengths, offsets and overlaps
             names = set(checked.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -124,7 +131,7 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
             path=path,
             remedy="download the file again",
         ) from error
-    with path.open("rb") as file:
+    with local.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MAX_HEADER_BYTES:
             message = f"the header has {length} bytes, more than the limit of {_MAX_HEADER_BYTES}"
@@ -166,8 +173,11 @@ def _no_duplicates(path: Path) -> Any:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
+    file_there = far(path)
+    if file_there is not None and file_there.sha256 is not None:
+        return file_there.sha256
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK if file_there is None else PIECE))
+    with opened(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

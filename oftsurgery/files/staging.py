@@ -16,19 +16,21 @@ from typing import Any
 from oftsurgery.errors import CheckpointError, DiskError, StateError
 
 from .reading import is_nested_name, read_json, sha256_of
+from .remote import opened, url_path
 from .writing import (
     Replacement,
     check_free,
     disk_errors,
     exists,
     folders_above,
+    missing_above,
     sync_file,
     sync_folder,
     to_disk,
     write_synced,
 )
 
-_STATE = ".state.json"
+STATE = ".state.json"
 #: end of the name of the folder with the notes about the parts of a shard, which lies beside the shard
 PARTS = ".parts"
 
@@ -71,7 +73,8 @@ class Staging:
         self._finishing: Future[None] | None = None
 
     def __enter__(self) -> Staging:
-        check_free("destination", self.destination, force=self.force)
+        missing_above(self.destination)  # of a URL its error comes before any request
+        self._check_free()
         with contextlib.ExitStack() as above:
             above.enter_context(folders_above(self.destination))
             self._begin()
@@ -87,13 +90,16 @@ class Staging:
             try:
                 self._recover()
                 # another run may have finished since the first look
-                check_free("destination", self.destination, force=self.force)
+                self._check_free()
                 self.folder.mkdir(exist_ok=True)
                 self._take_over()
                 self._check_space()
             except BaseException:
                 self._leave()
                 raise
+
+    def _check_free(self) -> None:
+        check_free("destination", self.destination, force=self.force)
 
     def __exit__(self, *_: object) -> None:
         with self._above:
@@ -104,12 +110,15 @@ class Staging:
         if self._finishing is not None:
             self._finishing.exception()  # waits: the run's error has not made the last whole shard worthless
         self._threads.shutdown()
-        if self._ours and not (self.resumable and (self.state["shards"] or self._parts())):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._tidy()
         with contextlib.suppress(OSError):
             # the lock is still held here: a run that opened the lock's file before sees the removal and tries again
             self.lock_path.unlink()
         self._lock.release()
+
+    def _tidy(self) -> None:
+        if self._ours and not (self.resumable and (self.state["shards"] or self._parts())):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- taking over ---
 
@@ -135,8 +144,8 @@ class Staging:
 
     def _take_over(self) -> None:
         """Continue the folder's unfinished work or start anew, as ``resume`` and ``force`` say."""
-        state_path = self.folder / _STATE
-        if not self.resumable or not state_path.is_file():
+        state = self._unfinished() if self.resumable else None
+        if state is None:
             self._start_anew()
             return
         if not self.resume and not self.force:
@@ -145,9 +154,6 @@ class Staging:
                 path=self.folder,
                 remedy="continue the work with resume=True (--resume), or start anew with force=True (--force)",
             )
-        state: dict[str, Any] = {}
-        with contextlib.suppress(CheckpointError):
-            state = read_json(state_path)
         if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
             if not self.force:
                 raise StateError(
@@ -159,21 +165,33 @@ class Staging:
             return
         self.state = state
         self._ours = True
-        parts = self._parts()
+        self._keep_whole_shards()
+        self._save_state()
+
+    def _unfinished(self) -> dict[str, Any] | None:
+        """The state of unfinished work, empty where it cannot be read; None without unfinished work."""
+        if not (self.folder / STATE).is_file():
+            return None
+        with contextlib.suppress(CheckpointError):
+            return read_json(self.folder / STATE)
+        return {}
+
+    def _keep_whole_shards(self) -> None:
+        """Remove from the folder what the state does not have, and from the state what the folder does not have."""
+        parts, shards = self._parts(), self.state["shards"]
         # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
         for path in sorted(self.folder.rglob("*"), reverse=True):
             name = path.relative_to(self.folder).as_posix()
             if path.is_dir() and not path.is_symlink():
                 with contextlib.suppress(OSError):  # the folder is not empty
                     path.rmdir()
-            elif name != _STATE and name not in state["shards"] and name not in parts:
+            elif name != STATE and name not in shards and name not in parts:
                 path.unlink()
-        for name, shard in list(state["shards"].items()):
+        for name, shard in list(shards.items()):
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
                 path.unlink(missing_ok=True)
-                del state["shards"][name]
-        self._save_state()
+                del shards[name]
 
     def _parts(self) -> set[str]:
         """The names of unfinished shards of which parts are written, of what belongs to them, and of the notes about these parts."""
@@ -238,14 +256,17 @@ class Staging:
             synced = self._threads.submit(sync_file, path)
             entry["sha256"] = sha256_of(path)
             synced.result()
-            self.state["shards"][name] = entry
-            self._save_state()
+            self._keep(name, entry)
+
+    def _keep(self, name: str, entry: dict[str, Any]) -> None:
+        """Note a shard that is whole and on the disk."""
+        self.state["shards"][name] = entry
+        self._save_state()
 
     def note(self, name: str, facts: Mapping[str, Any], sha256: str) -> None:
         """Note that the shard ``name``, whose bytes are on the disk, is whole, and drop the notes about its parts."""
         self.settle()
-        self.state["shards"][name] = {"facts": dict(facts), "sha256": sha256}
-        self._save_state()
+        self._keep(name, {"facts": dict(facts), "sha256": sha256})
         self.drop_parts(name)
 
     def drop_parts(self, name: str, *, unfinished: bool = False) -> None:
@@ -266,7 +287,7 @@ class Staging:
             last.result()
 
     def _save_state(self) -> None:
-        with Replacement(self.folder / _STATE) as new:
+        with Replacement(self.folder / STATE) as new:
             write_synced(new.beside, json.dumps(self.state).encode())
             new.put()
 
@@ -283,7 +304,7 @@ class Staging:
     def copy(self, source: Path, name: str) -> None:
         """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
         digest = hashlib.sha256()
-        with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
+        with self.writing(name) as path, opened(source) as reader, path.open("wb") as writer:
             while chunk := reader.read(1 << 20):
                 writer.write(chunk)
                 digest.update(chunk)
@@ -292,7 +313,7 @@ class Staging:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of the file ``name``, a few megabytes at a time."""
-        with disk_errors(self.folder), (self.folder / name).open("rb") as file:
+        with disk_errors(self.folder), opened(self.folder / name) as file:
             while chunk := file.read(1 << 23):
                 yield chunk
 
@@ -313,21 +334,30 @@ class Staging:
     def names(self) -> list[str]:
         """Names of all written files, with ``/`` for files in folders."""
         files = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        return sorted(name for name in files if name != _STATE)
+        return sorted(name for name in files if name != STATE)
 
     # --- the rename ---
 
-    def publish(self) -> None:
-        """Make the folder the destination."""
-        self._publish(())
+    def publish(self, last: str | None = None) -> None:
+        """Make the folder the destination.
 
-    def publish_files(self, files: Mapping[str, Path]) -> None:
-        """Move ``{name: path}`` of the written files to their places in this order, and drop the folder; the last file is the
-        destination itself.
+        Args:
+            last: the file that makes the folder a model: behind a URL, where there is no rename, this file appears last.
         """
-        self._publish(tuple(files.items()))
+        self._publish((), last)
 
-    def _publish(self, files: Sequence[tuple[str, Path]]) -> None:
+    def publish_files(self, files: Mapping[str, Path], without: Path | None = None) -> None:
+        """Move ``{name: path}`` of the written files to their places in this order, and drop the folder; the last file is the
+        destination itself. A file at ``without`` is removed first.
+        """
+        if without is not None:
+            self._remove_beside(without)
+        self._publish(tuple(files.items()), None)
+
+    def _remove_beside(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def _publish(self, files: Sequence[tuple[str, Path]], last: str | None) -> None:  # noqa: ARG002 - a rename has no order
         self.settle()
         with disk_errors(self.destination):
             for name, path in files:
@@ -337,7 +367,7 @@ class Staging:
                 sync_folder(self.destination.parent)
                 self.state["shards"] = {}  # nothing is left to resume
                 return
-            (self.folder / _STATE).unlink()
+            (self.folder / STATE).unlink()
             for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
                 sync_folder(folder)
             if exists(self.destination):
@@ -360,7 +390,7 @@ def shared_folder(destination: Path, key: str, mark: str) -> Path:
         StateError: unfinished work of another key is there.
     """
     folder = destination.parent / f".{destination.name}.oftsurgery"
-    state = folder / _STATE
+    state = folder / STATE
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not state.is_file():
@@ -408,14 +438,19 @@ class Below(Staging):
         self._whole.drop(self._place + name)
 
 
+def place_in_full(path: Path) -> Path:
+    """The one path of a place: without links, or the path that names its URL."""
+    return url_path(path) or path.resolve()
+
+
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
     """Refuse a destination that would replace or change a folder that is read.
 
     Raises:
         StateError: one of ``folders`` is the destination, lies in it or holds it; the message calls the folder ``what``.
     """
-    there = destination.resolve()
-    for folder in (folder.resolve() for folder in folders):
+    there = place_in_full(destination)
+    for folder in map(place_in_full, folders):
         if folder.is_relative_to(there):
             message = f"the destination is, or holds, the {what} itself"
             raise StateError(message, path=destination, remedy="name another destination")
@@ -431,6 +466,7 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         StateError: the destination exists; the error comes before any work is done.
     """
+    missing_above(destination)
     check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
     with folders_above(destination):

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from oftsurgery.errors import DiskError, StateError, printable
+from oftsurgery.errors import DiskError, OFTSurgeryError, StateError, printable
+
+from .remote import anything_at, is_url_path, url_of
 
 
 class Replacement:
@@ -49,8 +51,8 @@ def write_files(files: Mapping[Path, bytes], *, force: bool) -> None:
     for path in files:
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
-        check_free("file", path, force=force)
         missing_above(path)
+        check_free("file", path, force=force)
     with contextlib.ExitStack() as stack:
         for path in files:
             stack.enter_context(folders_above(path))
@@ -73,8 +75,15 @@ def missing_above(path: Path) -> list[Path]:
     """The folders above ``path`` that do not exist, the deepest first.
 
     Raises:
-        StateError: a file is in the place of one of these folders.
+        StateError: a file is in the place of one of these folders, or ``path`` names a URL.
     """
+    if is_url_path(path):
+        message = "this output is written to a folder of this machine, and not to a URL"
+        raise StateError(
+            message,
+            path=url_of(path),
+            remedy="name a folder here, and copy it; fold, unfold and fold-many write to a URL",
+        )
     above = [folder for folder in path.absolute().parents if not folder.is_dir()]
     file = next((folder for folder in above if exists(folder)), None)
     if file is not None:
@@ -103,7 +112,9 @@ def folders_above(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is at ``path``, a broken link included."""
+    """Whether anything is at ``path``, a broken link included, or at the URL that it names."""
+    if is_url_path(path):
+        return anything_at(path)
     return path.exists() or path.is_symlink()
 
 
@@ -156,7 +167,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, DiskError):
+        if isinstance(error, OFTSurgeryError):  # some of them are system's errors too
             raise
         reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
         raise DiskError(reason, path=error.filename or path, remedy=remedy) from error

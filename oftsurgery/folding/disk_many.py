@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from oftsurgery.errors import module_in_errors
+from oftsurgery.files.remote_staging import staging_at
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
 from oftsurgery.progress import Progress
@@ -120,7 +121,9 @@ def run_many(
             try:
                 check_destination(plan, destination, resume=resume, force=force)
                 key = fingerprint(plan)
-                staging = stack.enter_context(Staging(destination, key, needed=plan.nbytes, resume=resume, force=force))
+                staging = stack.enter_context(
+                    staging_at(destination, key, needed=plan.nbytes, resume=resume, force=force)
+                )
                 run = Run(plan, torch.device(device), steps[destination], None)
                 fold = _Fold(destination, run, staging, begin_run(run, staging, resume=resume))
                 stack.push(fold.shard)

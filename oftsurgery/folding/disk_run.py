@@ -22,8 +22,10 @@ from torch import Tensor
 from oftsurgery.errors import StateError, UndoError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.finding import commit_of
+from oftsurgery.files.remote import url_path
+from oftsurgery.files.remote_staging import staging_at
 from oftsurgery.files.shard_writer import ShardWriter
-from oftsurgery.files.staging import Staging, check_apart
+from oftsurgery.files.staging import Staging, check_apart, place_in_full
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.formats.packages.package_format import PackageFormat
@@ -79,7 +81,7 @@ def run_plan(
     """
     check_destination(plan, destination, resume=resume, force=force)
     key = fingerprint(plan)
-    with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
+    with staging_at(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         record = write_plan(
             plan,
             staging,
@@ -97,7 +99,7 @@ def publish(plan: CheckpointPlan, staging: Staging, record: FoldRecord | None) -
     """Make the finished output the destination; return the record as it is there."""
     if plan.source.single:
         return publish_single_file(staging, plan.shards[0].file, record)
-    staging.publish()
+    staging.publish(last=plan.shards[0].file if len(plan.shards) == 1 else plan.source.layout.output.index)
     return record
 
 
@@ -136,6 +138,7 @@ def begin_run(run: Run, staging: Staging, *, resume: bool) -> list[Shard]:
 def finish_run(run: Run, staging: Staging, *, force: bool) -> FoldRecord | None:
     """Warn, and write what lies beside the shards, which are all written."""
     plan = run.plan
+    staging.settle()  # the headers of all shards are read now, and behind a URL the last shard is on its way
     record = run.record()
     if not plan.unfolds and record is not None:
         engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
@@ -164,15 +167,14 @@ def check_destination(plan: CheckpointPlan, destination: Path, *, resume: bool, 
     """Refuse a destination whose writing would change or remove the folders that are read, and a place of the undo record where
     something is.
     """
-    there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
-    sources = {s.source.path.resolve() for s in stores if s is not None}
+    sources = {s.source.path for s in stores if s is not None}
     adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
     check_apart(destination, "source", sources)
     if plan.source.single:
         check_single_destination(destination, force=force)
-    check_apart(destination, "adapter", filter(Path.is_dir, adapters))
-    if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
+    check_apart(destination, "adapter", [path for path in adapters if url_path(path) is not None or path.is_dir()])
+    if plan.undo is not None and place_in_full(plan.undo).is_relative_to(place_in_full(destination)):
         raise StateError(
             "the undo record would be inside the destination",
             path=plan.undo,

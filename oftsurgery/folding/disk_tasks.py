@@ -153,6 +153,12 @@ def write_part(work: Work, part: Part) -> None:
 def write_part_of(run: Run, folder: Path, key: str, part: Part, metadata: Mapping[str, str]) -> None:
     """Write a part of a shard of ``run``, whose plan has the fingerprint ``key``, into the unfinished output ``folder``."""
     plan = run.plan
+    if not folder.is_dir():
+        raise StateError(
+            "a worker does not see the folder of the unfinished output",
+            path=folder,
+            remedy="give the workers the same files at the same paths; where the output is a URL, set TMPDIR to a folder that all of them see",
+        )
     shard = plan.shards[part.shard]
     notes = Notes(folder, shard.file, key)
     jobs = [plan.jobs[i] for i in part.items]

@@ -14,7 +14,9 @@ from typing import Any
 
 from oftsurgery.errors import UndoError
 from oftsurgery.files.carried import never_copied
+from oftsurgery.files.layout import PIPELINE
 from oftsurgery.files.pipeline import Pipeline
+from oftsurgery.files.remote_staging import staging_at
 from oftsurgery.files.staging import Below, Staging, check_apart
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, joined
@@ -84,7 +86,7 @@ def run_pipeline(
     total = sum(job.nbytes for model in plan.models.values() for job in model.jobs)
     records: dict[str, FoldRecord] = {}
     before = 0
-    with Staging(destination, key, needed=needed, resume=resume, force=force) as staging:
+    with staging_at(destination, key, needed=needed, resume=resume, force=force) as staging:
         models, undo, parts = _with_own_undos(plan.models, staging)
         for name, model in models.items():
             record = write_plan(
@@ -109,7 +111,7 @@ def run_pipeline(
         warn_of_lost(plan.source.lost)
         for name, path in carried.items():
             staging.copy(path, name)
-        staging.publish()
+        staging.publish(last=PIPELINE)
     return joined(records) if records else None
 
 

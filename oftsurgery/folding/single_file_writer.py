@@ -36,12 +36,11 @@ def publish_single_file(staging: Staging, file: str, record: FoldRecord | None) 
     """Make ``file`` the destination, with the record beside it, which comes first: no file appears without its record."""
     destination = staging.destination
     files = {file: destination}
-    if record is None:
-        sidecar_of(destination).unlink(missing_ok=True)  # of the file that is replaced
-    else:
+    if record is not None:
         record = write_record(staging, record)
         record = replace(record, files={destination.name: record.files[file]})
         staging.put_json(RECORD, record.to_dict())
         files = {RECORD: sidecar_of(destination), **files}
-    staging.publish_files(files)
+    # without a record, that of the file that is replaced goes
+    staging.publish_files(files, sidecar_of(destination) if record is None else None)
     return record

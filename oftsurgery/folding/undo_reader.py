@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from oftsurgery.files.reading import TensorEntry, read_header
+from oftsurgery.files.remote import opened
 from oftsurgery.files.writing import disk_errors
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes
@@ -178,7 +179,7 @@ def _no_record(message: str, path: Path) -> UndoError:
 
 
 def _bytes_at(path: Path, start: int, nbytes: int) -> bytes:
-    with disk_errors(path), path.open("rb") as file:
+    with disk_errors(path), opened(path) as file:
         file.seek(start)
         return file.read(nbytes)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import StateError
 from oftsurgery.files.reading import read_header
+from oftsurgery.files.remote import opened
 from oftsurgery.files.shard_writer import header_bytes
 from oftsurgery.files.writing import Replacement, disk_errors, folders_above, missing_above, to_disk
 from oftsurgery.formats.encoded_weight import EncodedWeight
@@ -217,7 +218,7 @@ def join_undos(path: Path, records: Mapping[str, Path], *, force: bool) -> None:
         with disk_errors(new.beside), new.beside.open("wb") as file:
             file.write(header_bytes(header, room))
             for source, entry in copied:
-                with source.open("rb") as part:
+                with opened(source) as part:
                     part.seek(entry.start)
                     left = entry.nbytes
                     while left:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import fsspec
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from warned import noted, quietly
 
 import oftsurgery
 from oftsurgery.cli.main import main
+from oftsurgery.files.remote_staging import RemoteStaging
 from oftsurgery.files.staging import Staging
 from oftsurgery.folding import pipelines
 from oftsurgery.stores.image_layouts import pairs_of
@@ -431,3 +433,28 @@ def test_an_executor_writes_and_checks_the_same(place: Path, tmp_path: Path) -> 
         assert oftsurgery.verify_checkpoint(*paths, executor=threads) == oftsurgery.verify_checkpoint(*paths)  # type: ignore[arg-type]
         oftsurgery.unfold_checkpoint(tmp_path / "1", tmp_path / "back", base=place / "base", executor=threads)
     assert files_in(tmp_path / "back") == files_in(place / "base")
+
+
+def test_a_pipeline_behind_a_url(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files, the undo record and the restored pipeline are those of this machine; the index of the pipeline comes last."""
+    memory, given = fsspec.filesystem("memory"), [place / "unet", place / "text"]
+    memory.put(str(place / "base"), "/pipe/base", recursive=True)
+    put: list[str] = []
+    monkeypatch.setattr(
+        RemoteStaging,
+        "_put",
+        lambda self, name, to, really=RemoteStaging._put: (put.append(name), really(self, name, to)),
+    )
+    fold(place, ["unet", "text"], tmp_path / "out", undo=tmp_path / "here.undo")
+    there = {"undo": tmp_path / "there.undo", "trained_on": "plain"}
+    quietly(oftsurgery.fold_checkpoint, "memory://pipe/base", given, "memory://pipe/out", **there)
+    memory.get("/pipe/out", str(tmp_path / "copy"), recursive=True)
+    assert files_in(tmp_path / "copy") == files_in(tmp_path / "out")
+    assert put[-1] == "model_index.json"
+    assert (tmp_path / "there.undo").read_bytes() == (tmp_path / "here.undo").read_bytes()
+    report = quietly(oftsurgery.verify_checkpoint, "memory://pipe/out", "memory://pipe/base", given)
+    assert report.ok, report.wrong
+    quietly(oftsurgery.unfold_checkpoint, "memory://pipe/out", "memory://pipe/back", undo=tmp_path / "there.undo")
+    memory.get("/pipe/back", str(tmp_path / "back"), recursive=True)
+    assert files_in(tmp_path / "back") == files_in(place / "base")
+    assert sorted(memory.ls("/pipe", detail=False)) == ["/pipe/back", "/pipe/base", "/pipe/out"]

@@ -319,7 +319,7 @@ def test_killed_between_the_record_and_the_rename(
 
     base, adapter = sources.base("llama", "nf4"), sources.adapter("llama")
 
-    def killed(_: Staging) -> None:
+    def killed(_: Staging, last: str | None = None) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:

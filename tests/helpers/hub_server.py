@@ -108,6 +108,7 @@ class Hub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[tuple[str, str]] = []  # path and range of bytes of each GET
         self.before_commit: list[Any] = []
         self.lock = threading.RLock()
         self.url = ""
@@ -136,6 +137,14 @@ class Hub:
                 now[name] = text.encode()
         repo.branches[revision] = repo.commit(now, "by hand", repo.branches[revision])
         return repo.branches[revision]
+
+    def stored(self, data: bytes) -> bytes | str:
+        """A file of a commit: its bytes, or of a large file the hash by which the large file storage has it."""
+        if len(data) < self.large:
+            return data
+        oid = hashlib.sha256(data).hexdigest()
+        self.blobs[oid] = data
+        return oid
 
     def asked(self, method: str, path: str) -> list[str]:
         return [p for m, p in self.requests if m == method and re.search(path, p)]
@@ -317,14 +326,30 @@ class Hub:
         repo.branches[revision] = sha
         return answer
 
-    def tree(self, repo_id: str, revision: str, *, headers: Any, **_: Any) -> Any:
+    def tree(self, repo_id: str, revision: str, below: str = "", *, headers: Any, query: Any, **_: Any) -> Any:
         repo, sha = self.at(repo_id, revision, headers)
-        found = []
-        for path, of in sorted(repo.commits[sha].items()):
-            data = self.content(of)
-            entry = {"type": "file", "path": path, "size": len(data), "oid": git_blob(data)}
-            found.append(entry | ({"lfs": {"oid": of, "size": len(data), "pointerSize": 134}} if of != data else {}))
-        return found
+        prefix = f"{below}/" if below else ""
+        names = [name for name in sorted(repo.commits[sha]) if name.startswith(prefix)]
+        if below and not names:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        if query.get("recursive") in (["true"], ["True"]):
+            return [self._entry(repo, sha, name) for name in names]
+        folders = dict.fromkeys(
+            prefix + n.removeprefix(prefix).partition("/")[0] for n in names if "/" in n.removeprefix(prefix)
+        )
+        found = [{"type": "directory", "path": path, "size": 0, "oid": git_blob(path.encode())} for path in folders]
+        return found + [self._entry(repo, sha, name) for name in names if "/" not in name.removeprefix(prefix)]
+
+    def paths_info(self, repo_id: str, revision: str, *, headers: Any, body: bytes, **_: Any) -> Any:
+        repo, sha = self.at(repo_id, revision, headers)
+        names = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+        return [self._entry(repo, sha, name) for name in names if name in repo.commits[sha]]
+
+    def _entry(self, repo: Repo, sha: str, path: str) -> dict[str, Any]:
+        of = repo.commits[sha][path]
+        data = self.content(of)
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_blob(data)}
+        return entry | ({"lfs": {"oid": of, "size": len(data), "pointerSize": 134}} if of != data else {})
 
     def resolve(self, repo_id: str, revision: str, path: str, *, headers: Any, **_: Any) -> Any:
         repo, sha = self.at(repo_id, revision, headers)
@@ -349,6 +374,8 @@ class Hub:
         (rf"GET /api/models/{ID}", info),
         (rf"GET /api/models/{ID}/revision/([^/]+)", info),
         (rf"GET /api/models/{ID}/tree/([^/]+)", tree),
+        (rf"GET /api/models/{ID}/tree/([^/]+)/(.+)", tree),
+        (rf"POST /api/models/{ID}/paths-info/([^/]+)", paths_info),
         (rf"POST /api/models/{ID}/branch/([^/]+)", branch),
         (rf"POST /api/models/{ID}/preupload/([^/]+)", preupload),
         (rf"POST /api/models/{ID}/commit/([^/]+)", commit),
@@ -402,6 +429,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parts = urlsplit(self.path)
         self.hub.requests.append((self.command, self.path))
+        if self.command == "GET":
+            self.hub.ranges.append((self.path, self.headers.get("Range") or ""))
         length = int(self.headers.get("Content-Length") or 0)
         fault = self._fault(parts.path)
         if fault is not None and fault.cut is not None:
@@ -427,7 +456,15 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(answer[0], int):
             self._send(answer[0], b"", answer[1])
         else:
-            self._send(200, answer[0] if isinstance(answer[0], bytes) else answer[0].encode(), answer[1])
+            self._send_content(answer[0] if isinstance(answer[0], bytes) else answer[0].encode(), answer[1])
+
+    def _send_content(self, data: bytes, headers: dict[str, str]) -> None:
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if span is None:
+            self._send(200, data, headers)
+            return
+        start, end = int(span[1]), min(int(span[2]), len(data) - 1)
+        self._send(206, data[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
 
     def _chunked(self) -> bytes:
         data = b""
