@@ -24,12 +24,21 @@ FileCheck = Literal["ok", "changed", "missing"]
 #: in both folders, since the model makes the tensor itself; ``"added"``, since the source does not have the tensor
 TensorKind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
 
-#: a weight holds a change where ``kept`` differs from 1 by at most this: in a weight of few elements and with a small
-#: change, a single element can make this difference
+#: a weight holds a change where ``kept`` differs from 1 by at most this, see :func:`is_whole`
 WHOLE = 0.25
 
 # the factor by which the error of storing the right weight may differ: rounding ties, and the last bits of float32 products
 _SLACK = 1.05
+
+
+def is_whole(kept: float | None, grain: float) -> bool:
+    """Whether a weight holds a change. About 1/grain elements hold a small change, and of a large weight a rounding chooses these by
+    a part of the weight: the chance in their number is what ``kept`` may differ by.
+
+    Args:
+        grain: the share of the change that one element can make.
+    """
+    return kept is not None and abs(kept - 1) <= max(WHOLE, 4 * math.sqrt(grain))
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class WeightCheck:
             changes nothing.
         steps: the error of a weight that lies anywhere between the format's levels: rounding that keeps the change costs
             no more.
+        grain: the largest share of the change that one element makes by one step of the format.
         change: ``‖exact - base‖``, Frobenius; None where it was not measured.
         format: how the weight is stored, as in ``ModuleRecord.format``.
     """
@@ -62,6 +72,7 @@ class WeightCheck:
     rho: float | None = None
     kept: float | None = None
     steps: float = 0.0
+    grain: float = 0.0
     change: float | None = None
     format: str = ""
 
@@ -75,7 +86,7 @@ class WeightCheck:
         """The part of the error that neither plain rounding nor the calibration explains, nor, where the change is kept,
         the format's steps.
         """
-        whole = self.kept is not None and abs(self.kept - 1) <= WHOLE
+        whole = is_whole(self.kept, self.grain)
         return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
 
     def passes(self, tolerance: float | None) -> bool:

@@ -40,7 +40,7 @@ from oftsurgery.stores.store import Store
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
-from .checkpoint_report import WHOLE
+from .checkpoint_report import WHOLE, is_whole
 from .findings import FOLD, UNFOLD, Finding, Model, Numbers, Severity, noting, shape_text
 
 
@@ -261,7 +261,7 @@ def _judge_weight(
         nearest = "right_fold"
     if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
         return None, part
-    whole = kept is not None and abs(kept - 1) <= WHOLE
+    whole = weight.shape == right.shape and is_whole(kept, measures.grain(after, start, right))
     # rounding that keeps the change may err by more than nearest rounding, but by no more than the format's steps
     if whole and off <= max(limit, 1.1 * measures.step_error(after, right)):
         return None, part

@@ -242,3 +242,28 @@ def test_weights_and_outputs_keep_the_same_share_and_remedies_help(
             assert "texts" in remedy.what or helped.oftsurgery.kept > 0.9, remedy
         better = oftsurgery.verify(demo.compute_in_float32(helped), live, minilm.inputs)
         assert better.outputs[better.main].relative < report.outputs[report.main].relative, remedy
+
+
+@pytest.mark.parametrize("trained", ["nf4-double", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["coft with peft's own eps", "1e-6", "1e-5"])
+def test_a_fold_of_a_very_weak_adapter_is_right(kind: str, trained: str, tmp_path: Path) -> None:
+    """A single element may then make a third of the change, and chance decides which wrong merge a weight is near to."""
+    build("llama").save_pretrained(tmp_path / "base")
+    if kind.startswith("coft"):
+        wrapped = adapted(build("llama"), TARGETS, use_cayley_neumann=False, coft=True, oft_block_size=32)
+        with torch.no_grad():
+            wrapped(TOKENS)  # the live layers bring their parameters within the limit
+    else:
+        wrapped = adapted(build("llama"), TARGETS, use_cayley_neumann=False, oft_block_size=32)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "oft_" in name:
+                    parameter.mul_(float(kind) / 0.03)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    codec = trained.removesuffix("-double")
+    with noted() as caught:
+        oftsurgery.fold_checkpoint(base, adapter, out, trained_on=trained, format=codec)
+    assert any("times as far as the adapter does" in str(w.message) for w in caught)
+    assert oftsurgery.verify_checkpoint(out, base, adapter).ok
+    assert not [f for f in quietly(oftsurgery.doctor, out, base=base, adapter=adapter) if f.severity == "error"]
