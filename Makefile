@@ -78,12 +78,12 @@ test-gguf: $(INSTALLED)
 # tests/bases/packages.py` in this environment writes tests/data/bases
 test-bases:
 	$(PYTHON) -m venv .venv-bases
-	.venv-bases/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel --editable '.[peft]' hypothesis pandas pillow protobuf pyarrow pytest pytest-xdist requests
+	.venv-bases/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel --editable '.[diffusers]' hypothesis pandas pillow protobuf pyarrow pytest pytest-xdist requests
 	.venv-bases/bin/python -m pip install --quiet --no-deps autoawq==0.2.9 compressed-tensors==0.20.0 hqq==0.2.8.post1 optimum==2.3.0 torchao==0.18.0
 	.venv-bases/bin/python -m pip install --quiet --no-deps datasets defuser==0.0.28 device-smi==0.5.7 dill einops logbar==0.4.15 loguru multiprocess \
 		pypcre==0.6.4 termcolor threadpoolctl tokenicer==0.0.14 xxhash
 	BUILD_CUDA_EXT=0 .venv-bases/bin/python -m pip install --quiet --no-deps --no-build-isolation gptqmodel==7.7.0
-	.venv-bases/bin/python -m pytest -q -W ignore tests/bases/packages.py tests/bases/live_layers.py $(ARGS)
+	.venv-bases/bin/python -m pytest -q -W ignore tests/bases/packages.py tests/bases/live_layers.py tests/bases/diffusers_models.py $(ARGS)
 
 # the environment has Ray and MPI alone, and sees the packages of .venv
 test-scale: $(INSTALLED)

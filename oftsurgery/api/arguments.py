@@ -22,10 +22,10 @@ from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
 from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
-from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
+from oftsurgery.files.pipeline import Pipeline, is_pipeline
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.stores.dequantised import dequantised
+from oftsurgery.stores.dequantised import dequantised, open_models
 
 AdapterLike = OFTAdapter | str | PathLike[str]
 RoundingMode = Rounding | Literal["calibrated"]
@@ -224,7 +224,7 @@ def opened_model(
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
-        pipeline, named = _opened_pipeline(folder, variant), checkpoint_place(source, at).revision
+        pipeline, named = open_models(folder, variant), checkpoint_place(source, at).revision
         return replace(pipeline, models={n: replace(m, revision=named) for n, m in pipeline.models.items()})
     _check_one_model(component, folder)
     return replace(dequantised(open_checkpoint(folder, variant)), revision=checkpoint_place(source, at).revision)
@@ -276,12 +276,7 @@ def opened_pipeline(base: str | PathLike[str], variant: str | None = None) -> Pi
     Raises:
         CheckpointError: the folder holds no pipeline.
     """
-    return _opened_pipeline(find_checkpoint(base, variant=variant), variant)
-
-
-def _opened_pipeline(folder: Path, variant: str | None) -> Pipeline:
-    pipeline = open_pipeline(folder, variant)
-    return replace(pipeline, models={name: dequantised(model) for name, model in pipeline.models.items()})
+    return open_models(find_checkpoint(base, variant=variant), variant)
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:

@@ -21,9 +21,9 @@ from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.links import following_links, links_followed
-from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
+from oftsurgery.files.pipeline import Pipeline, is_pipeline
 from oftsurgery.progress import Progress, shown
-from oftsurgery.stores.dequantised import dequantised
+from oftsurgery.stores.dequantised import dequantised, open_models
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.modules import modules_of
 
@@ -114,7 +114,7 @@ class _Given:
         """The folded pipeline and its base; None for one model."""
         if not is_pipeline(self.folder):
             return None
-        return open_pipeline(self.folder, self.variant), opened_pipeline(self.base, self.variant)
+        return open_models(self.folder, self.variant), opened_pipeline(self.base, self.variant)
 
     def models(self) -> dict[str, tuple[Checkpoint, Checkpoint, Sequence[OFTAdapter]]]:
         """``{component, or "" for one model: (folded, base, adapters)}``."""

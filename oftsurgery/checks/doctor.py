@@ -20,12 +20,14 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.from_image_tools import PEFT_METADATA
 from oftsurgery.adapters.image_keys import has_image_keys
 from oftsurgery.adapters.reading import DIFFUSERS_FILE, find_adapter, read_adapter
-from oftsurgery.errors import CheckpointError
+from oftsurgery.errors import CheckpointError, OFTSurgeryError
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, is_single_file, variants_in
 from oftsurgery.files.pipeline import is_pipeline, open_pipeline
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header
 from oftsurgery.stores.components import split_adapters
+from oftsurgery.stores.dequantised import dequantised
 from oftsurgery.stores.folder import FolderStore
 
 from .doctor_adapter import examine_adapter, examine_read_adapter
@@ -88,7 +90,7 @@ def _examine_folder(folder: Path, base: Model | None, adapter: OFTAdapter | None
     models = open_pipeline(folder).models
     own: dict[str, OFTAdapter] = {}
     if adapter is not None:
-        stores = {name: FolderStore(model) for name, model in models.items()}
+        stores = {name: FolderStore(_readable(model)) for name, model in models.items()}
         own = {name: one for name, (one,) in split_adapters([adapter], stores).items()}
     found: list[Finding] = []
     for name, model in models.items():
@@ -97,6 +99,13 @@ def _examine_folder(folder: Path, base: Model | None, adapter: OFTAdapter | None
         own_findings = examine_checkpoint(model.folder, given, own.get(name))
         found += [replace(finding, subject=f"{name}: {finding.subject}") for finding in own_findings]
     return found
+
+
+def _readable(model: Checkpoint) -> Checkpoint:
+    """A model of a pipeline as a fold reads it; as it is stored where a fold cannot read it, which is the finding of its examination."""
+    with suppress(OFTSurgeryError):
+        return dequantised(model)
+    return model
 
 
 def _file_of_adapter(path: str | PathLike[str]) -> Path | None:

@@ -20,9 +20,10 @@ from oftsurgery.adapters.reading import read_file, read_files
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.layout import is_single_file
-from oftsurgery.files.pipeline import is_pipeline, open_pipeline
+from oftsurgery.files.pipeline import is_pipeline
 from oftsurgery.files.reading import sha256_of
 from oftsurgery.stores.components import split_adapters
+from oftsurgery.stores.dequantised import open_models
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.store import Store
 
@@ -73,7 +74,7 @@ def _with_stores(adapter: OFTAdapter, base: Model) -> list[tuple[OFTAdapter, Sto
     """``(part of the adapter, its model)``: the parts for a pipeline's components, or the whole adapter."""
     if not (isinstance(base, Path) and is_pipeline(base)):
         return [(adapter, open_store(base))]
-    stores = {name: FolderStore(model) for name, model in open_pipeline(base).models.items()}
+    stores = {name: FolderStore(model) for name, model in open_models(base).models.items()}
     return [(one, stores[name]) for name, (one,) in split_adapters([adapter], stores).items()]
 
 

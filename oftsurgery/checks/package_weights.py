@@ -467,8 +467,8 @@ def _torchao(files: Checkpoint, _: Mapping[str, Any]) -> Iterator[tuple[str, Hel
                 continue
             if not isinstance(facts, dict) or facts.get("_type", "Tensor") == "Tensor":
                 continue
-            stem, _, local = name.rpartition(".")
-            parts = {str(end): f"{stem}._{local}_{end}" for end in facts["_tensor_data_names"]}
+            stem, dot, local = name.rpartition(".")
+            parts = {str(end): f"{stem}{dot}_{local}_{end}" for end in facts["_tensor_data_names"]}
             shape, block = _shape(files, parts["qdata"]), facts["_data"]["block_size"]
 
             def codes(p: Parts, shape: tuple[int, ...] = shape, block: list[int] = block) -> Codes:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import DTYPE_NAMES, DTYPES
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.pipeline import Pipeline, open_pipeline
 from oftsurgery.files.reading import TensorEntry, read_header
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.formats.packages.methods import METHODS, REMEDIES, idle_tensors
@@ -130,6 +131,12 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     idle = tuple(idle_tensors(method, entries))
     own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle}))
     return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), idle=idle, method=method)
+
+
+def open_models(folder: Path, variant: str | None = None) -> Pipeline:
+    """The pipeline in a folder; each of its models is read as :func:`dequantised` reads it."""
+    pipeline = open_pipeline(folder, variant)
+    return replace(pipeline, models={name: dequantised(model) for name, model in pipeline.models.items()})
 
 
 def config_as_stored(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -399,11 +399,13 @@ def facts_of(tensor: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_weight_is_decoded_as_its_package_decodes_it(name: str, tmp_path: Path) -> None:
+    from oftsurgery.checks.package_weights import read_again
     from oftsurgery.files.checkpoint import open_checkpoint
     from oftsurgery.stores.dequantised import dequantised
 
     want = write(name, tmp_path / "base")
     source = dequantised(open_checkpoint(tmp_path / "base"))
+    second = read_again(source, idle=False)  # the code of `verify`
     assert source.stored_as == CASES[name][0]["quant_method"]
     assert len(source.entries) == len(LINEARS) + 5
     for weight, expected in want.items():
@@ -411,6 +413,7 @@ def test_every_weight_is_decoded_as_its_package_decodes_it(name: str, tmp_path: 
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape == source.entries[weight].shape
         assert torch.equal(got, expected), (got.float() - expected.float()).abs().max()
+        assert torch.equal(second.read(weight), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(QUANTISERS)])
