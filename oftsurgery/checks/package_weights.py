@@ -368,9 +368,12 @@ def _hqq(files: Checkpoint, _: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
 def _compressed(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, Held]]:
     schemes = [s.get("weights") for s in settings.get("config_groups", {}).values()]
     schemes = [s for s in schemes if isinstance(s, Mapping)]
-    symmetric = all(s.get("symmetric", True) for s in schemes)
     widths = {int(s["num_bits"]) for s in schemes if "num_bits" in s}
     blocks = [s["block_structure"] for s in schemes if s.get("block_structure")]
+
+    def centred(bits: int) -> bool:
+        return all(s.get("symmetric", True) for s in schemes if s.get("num_bits") == bits)
+
     for path in _modules(files, "weight_packed"):
         parts = _named(
             files, path, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"
@@ -384,7 +387,7 @@ def _compressed(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tupl
             if zero is not None and zero.dtype == torch.int32:
                 zero = _stream(zero.t(), bits, len(p["weight_scale"])).t() - 2 ** (bits - 1)
             numbers = _stream(p["weight_packed"], bits, shape[1]) - 2 ** (bits - 1)
-            return _integers(numbers, p, zero, bits, centred=symmetric or zero is None)
+            return _integers(numbers, p, zero, bits, centred=zero is None or centred(bits))
 
         yield f"{path}weight", Held(parts, (out, inputs), _dtype(files, parts["weight_scale"]), packed)
     for path in _modules(files, "weight_scale"):
@@ -403,7 +406,7 @@ def _compressed(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tupl
 
             def plain(p: Parts, bits: int = bits) -> Codes:
                 zero = p.get("weight_zero_point")
-                return _integers(p["weight"].double(), p, zero, bits, centred=symmetric or zero is None)
+                return _integers(p["weight"].double(), p, zero, bits, centred=zero is None or centred(bits))
 
             yield name, Held(parts, _shape(files, name), _dtype(files, parts["weight_scale"]), plain)
 

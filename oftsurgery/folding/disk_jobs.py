@@ -226,6 +226,9 @@ class JobBuilder:
         into = self.package.format(name)
         if self.held[name].quantiser is None and target in self.rotate:
             raise not_written(into.label, target.removesuffix(".weight"), self.package)
+        if name in self.architecture.transposed:
+            message = f"the model's class holds this weight (in, out), and no quantiser of {into.codec} does"
+            raise StateError(message, module=target.removesuffix(".weight"), format=into.label, remedy=_DENSE)
         if target in self.values or output != name:
             what = (
                 "the adapter brings its own values for this weight"

@@ -100,6 +100,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     settings = next((checkpoint.config[name] for name in _SETTINGS if checkpoint.config.get(name)), None)
     method = method_of(settings)
     if not isinstance(settings, Mapping) or method in (None, "bitsandbytes"):
+        _check_plain(checkpoint)
         return checkpoint
     if method not in METHODS:
         raise FormatError(
@@ -131,6 +132,34 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     idle = tuple(idle_tensors(method, entries))
     own["entries"] = MappingProxyType(_entries(checkpoint, held, {*idle}))
     return DequantisedCheckpoint(**own, packed=checkpoint, held=MappingProxyType(held), idle=idle, method=method)
+
+
+#: ``{end of a tensor's name: the packages that write such tensors}``
+_MARKS = {
+    ".qweight": "GPTQ or AWQ",
+    ".W_q": "HQQ",
+    ".weight_packed": "compressed-tensors",
+    "._weight_qdata": "torchao",
+}
+
+
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose tensors are a package's, and whose config names no package.
+
+    Raises:
+        FormatError: there is such a tensor.
+    """
+    for name, entry in checkpoint.entries.items():
+        package = next((package for end, package in _MARKS.items() if name.endswith(end)), None)
+        if entry.dtype == "I8" and name.endswith(".weight") and f"{name}_scale" in checkpoint.entries:
+            package = "compressed-tensors"
+        if package is not None:
+            raise FormatError(
+                f"the tensors are those of {package}, and config.json does not say how the weights are quantised",
+                tensor=name,
+                path=checkpoint.folder,
+                remedy="restore the config.json of these weights, with its `quantization_config`",
+            )
 
 
 def open_models(folder: Path, variant: str | None = None) -> Pipeline:

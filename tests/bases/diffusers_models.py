@@ -28,9 +28,7 @@ from warned import quietly  # noqa: E402
 CONFIGS: dict[str, Any] = {
     "int8": lambda: quantization.Int8WeightOnlyConfig(),
     "float8": lambda: quantization.Float8WeightOnlyConfig(),
-    "int4": lambda: quantization.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=quantization.PerGroup(32)
-    ),
+    "int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(32)),
 }
 
 

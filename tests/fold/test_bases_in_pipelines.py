@@ -106,9 +106,7 @@ def test_each_component_is_read_in_its_own_format(format: Any, within: float, pl
     assert [f.code for f in oftsurgery.doctor(out) if f.severity != "note"] == []
     assert "error" not in {f.severity for f in oftsurgery.doctor(out, base=place / "base", adapter=place / "text")}
     assert "error" not in {f.severity for f in oftsurgery.doctor(place / "text", base=place / "base")}
-    found_again = quietly(
-        oftsurgery.extract_checkpoint, place / "base", out, block_size=16, component="text_encoder"
-    )
+    found_again = quietly(oftsurgery.extract_checkpoint, place / "base", out, block_size=16, component="text_encoder")
     assert len(found_again.modules) == 4
     loaded = quietly(transformers.CLIPTextModel.from_pretrained, out / "text_encoder").state_dict()
     assert all(relative(loaded[n].double(), t.double()) < 1e-6 for n, t in found.items() if n in loaded)

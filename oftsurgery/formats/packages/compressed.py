@@ -197,12 +197,12 @@ class _Grid:
 
 def _quantiser(grid: _Grid, said: list[Any]) -> Quantiser | None:
     """The package's quantiser; None for layouts that compressed-tensors 0.20 reads no longer, or whose scales are rounded further."""
-    schemes = [s for s in said if isinstance(s, Mapping)]
+    schemes = [s for s in said if isinstance(s, Mapping) and s.get("num_bits") == grid.bits]
     symmetric = {bool(s.get("symmetric", True)) for s in schemes}
     zeros = grid.entries.get("zero_point")
     old = "g_idx" in grid.entries or (grid.shape is not None and zeros is not None and zeros[0] != torch.int32)
     unclear = (zeros is not None and len(symmetric) != 1) or (grid.of[0] != grid.out and grid.of != (1, 1))
-    if old or unclear or any(s.get("scale_dtype") or s.get("num_bits") != grid.bits for s in schemes):
+    if old or unclear or not schemes or any(s.get("scale_dtype") for s in schemes):
         return None
     return _Quantiser(grid, centred=zeros is None or True in symmetric)
 
