@@ -2,7 +2,8 @@
 
 The weights are four of SmolLM2-135M-Instruct, stored by each package's quantiser and turned by random rotations of blocks of 32 inputs. Each
 row is a format, and each pair of columns a size of the change ‖exact − base‖ / ‖base‖: the error of storing the result, and the share of the
-change that is kept. The last rows fold the same weights within NF4 and int8.
+change that is kept. The undo record is the share of the weight's bytes at the middle size. The last rows fold the same weights within NF4 and
+int8.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from oftsurgery.formats.packages.methods import METHODS
 from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.formats.packages.stored import Source
 from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.undo import encode_weight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from language_model import SmolLM2
@@ -115,19 +118,32 @@ def main() -> None:
         held = load_file(next(Path(folder).glob("*.safetensors")))
     weights = [held[name].float() for name in NAMES]
     rows: dict[str, list[list[Any]]] = {}
+    undos: dict[str, list[tuple[int, int, float]]] = {}
     for weight in weights:
         for name, form, rounding in formats(*weight.shape):
             base = encode(weight, form)
-            folds = [fold_encoded(base, [turned(base, size)], rounding=rounding) for size in SIZES]
+            chains = [[turned(base, size)] for size in SIZES]
+            fold_encoded(base, chains[1], rounding=rounding)  # compiles
+            start = time.perf_counter()
+            folds = [fold_encoded(base, chain, rounding=rounding) for chain in chains]
+            seconds = (time.perf_counter() - start) / len(folds)
             rows.setdefault(name, []).append(folds)
-    print("| format | " + " | ".join(f"moved by {size:.0%}: error | kept" for size in SIZES) + " |")
-    print("|---|" + "---:|---:|" * len(SIZES))
+            middle = folds[1]
+            entry = encode_weight(base, middle.encoded, chains[1], noise=middle.error, relaxation=middle.kept_scales)
+            nbytes = sum(t.nbytes for n, t in base.tensors.items() if n not in form.kind.shared_tensors)
+            undos.setdefault(name, []).append((len(entry.data), nbytes, seconds))
+    head = " | ".join(f"moved by {size:.0%}: error | kept" for size in SIZES)
+    print(f"| format, rounding | {head} | undo record | s for 10⁶ weights |")
+    print("|---|" + "---:|---:|" * len(SIZES) + "---:|---:|")
+    count = sum(weight.numel() for weight in weights)
     for name, folds in rows.items():
         cells = []
         for column in zip(*folds, strict=True):
             change = [f.change**2 for f in column]
             kept = sum(f.kept * c for f, c in zip(column, change, strict=True)) / sum(change)
             cells += [f"{sum(f.error for f in column) / len(column):.1%}", f"{kept:.1%}"]
+        coded, whole, seconds = (sum(values) for values in zip(*undos[name], strict=True))
+        cells += [f"{coded / whole:.0%}", f"{seconds / count * 1e6:.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.dtype_names import name_of
 from oftsurgery.dtypes import NAMED
-from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, printable
+from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, UndoError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.packages.package_format import PackageFormat
 from oftsurgery.hashing import hash_bytes, hash_tensors
@@ -137,6 +137,13 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
         IntegrityError: ``after`` is not the weight that the fold stored, or the result is not the weight that was folded.
     """
     facts, after = entry.facts, after.cpu()
+    form = facts.get("format")
+    if isinstance(form, dict) and "label" in form and not isinstance(after.format, PackageFormat):
+        raise UndoError(
+            f"the record restores a weight in the layout of {printable(form.get('codec'))}, in which the model does not hold the weight",
+            format=after.format.label,
+            remedy="unfold the checkpoint on disk, as it was written: oftsurgery.unfold_checkpoint",
+        )
     if evidence(after) != facts.get("after"):
         raise changed(
             "the weight is not the one that this record's fold left: another fold or another change lies on top, or the model is another",

@@ -188,6 +188,20 @@ def test_verify_finds_scales_and_codes_that_no_package_would_store(name: str, fo
     assert oftsurgery.verify_checkpoint(tmp_path / "out", HOME / name, folders.adapter).ok
 
 
+def test_an_undo_record_of_a_package_s_layout_needs_this_layout(folders: Folders, tmp_path: Path) -> None:
+    """transformers dequantises FP8 on a CPU, and the model in memory has plain weights."""
+    out, undo = tmp_path / "out", tmp_path / "record.undo"
+    quiet_fold(HOME / "fp8-block", folders.adapter, out, undo=undo)
+    model = load(out, "LlamaForCausalLM")
+    with pytest.raises(oftsurgery.UndoError, match=r"in the layout of fp8.*unfold_checkpoint"):
+        oftsurgery.unfold(model, undo=undo)
+    other = tmp_path / "other"
+    quiet_fold(HOME / "fp8-tensor", folders.adapter, other)
+    with pytest.raises(oftsurgery.OFTSurgeryError):
+        oftsurgery.unfold_checkpoint(other, tmp_path / "back", undo=undo)
+    assert not (tmp_path / "back").exists()
+
+
 # --- what cannot be kept ----------------------------------------------------------------------------------------------
 
 
