@@ -30,6 +30,7 @@ from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.packages.package_format import OfPackage
+from oftsurgery.formats.packages.stored import Grid
 
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
@@ -293,6 +294,8 @@ def encode_rows(
 
 #: a package's own rounding, which finds new scales, is taken where it keeps at least this share of the change
 _WHOLE = 0.98
+#: where the change is less than this part of a step (root mean square), a package's own rounding keeps less than half of it
+_SMALL = 0.25
 
 
 def in_package(encoded: EncodedWeight, base: Tensor, exact: Tensor) -> tuple[EncodedWeight, float] | None:
@@ -305,19 +308,35 @@ def in_package(encoded: EncodedWeight, base: Tensor, exact: Tensor) -> tuple[Enc
     """
     kind = encoded.format.kind
     assert isinstance(kind, OfPackage)  # noqa: S101 - the caller asks for such a weight
-    quantiser, change = kind.quantiser, exact - base
+    change, grid = exact - base, kind.quantiser.grid(encoded.tensors)
     whole = _sum(change, change)
     if not whole:
         return None
-    anew = kind.decode(EncodedWeight(encoded.format, quantiser.encode(exact)))
-    if abs(_sum(anew.sub_(base), change) / whole - 1) <= 1 - _WHOLE:
+    steps = grid.steps(base).expand(base.shape)
+    if whole >= _SMALL**2 * _sum(steps, steps):
+        anew = kind.decode(EncodedWeight(encoded.format, kind.quantiser.encode(exact)))
+        if abs(_sum(anew.sub_(base), change) / whole - 1) <= 1 - _WHOLE:
+            return None
+    n = base.numel()
+    if n > SAMPLE:  # weights that lie apart by the golden section of the whole, which follow no period
+        index = torch.arange(SAMPLE, device=base.device) * round(n * (math.sqrt(5) - 1) / 2) % n
+        seen = grid.at(index, tuple(base.shape))
+        found = _relaxation(seen, base.reshape(-1)[index], change.reshape(-1)[index])
+    else:
+        found = _relaxation(grid, base, change)
+    if found is None:
         return None
+    new = kind.with_numbers(encoded, grid.nearest(base + change * relaxation_of(found)))
+    return new, relaxation_of(found)
 
-    def numbers(steps: int) -> Tensor:
-        return quantiser.nearest(base + change * relaxation_of(steps), encoded.tensors)
+
+def _relaxation(grid: Grid, base: Tensor, change: Tensor) -> int | None:
+    """The least steps of an ω that keeps the whole change; None if there are none."""
+    whole = _sum(change, change)
 
     def keeps(steps: int) -> bool:
-        return _sum(quantiser.values(numbers(steps), encoded.tensors).sub_(base), change) >= whole
+        stored = grid.values(grid.nearest(base + change * relaxation_of(steps)))
+        return _sum(stored.sub_(base), change) >= whole
 
     low, high = -1, MOST  # the change is kept from `high` on
     if not keeps(high):
@@ -325,12 +344,17 @@ def in_package(encoded: EncodedWeight, base: Tensor, exact: Tensor) -> tuple[Enc
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
-    return kind.with_numbers(encoded, numbers(high)), relaxation_of(high)
+    return high
 
 
 def _sum(a: Tensor, b: Tensor) -> float:
     """``Σ a b`` in float64, the same for any number of threads."""
-    return float((a * b).sum(-1, dtype=torch.float64).cpu().sum())
+    rows = (a * b).reshape(-1)
+    whole, rest = rows[: len(rows) // _ROW * _ROW].reshape(-1, _ROW), rows[len(rows) // _ROW * _ROW :]
+    return float(whole.sum(-1, dtype=torch.float64).cpu().sum() + rest.sum(dtype=torch.float64).cpu())
+
+
+_ROW = 1 << 12
 
 
 def stored_as(f: WeightFormat, codes: Tensor, scales: Tensor) -> EncodedWeight:

@@ -186,7 +186,7 @@ def _code_package(
     }
     values = torch.cat([x for _, x in predicted]).to(torch.float32).reshape(f.shape)
     quantiser = f.kind.quantiser
-    near = np.frombuffer(bytes_of(quantiser.stored(quantiser.nearest(values, beside))), np.uint8)
+    near = np.frombuffer(bytes_of(quantiser.stored(quantiser.grid(beside).nearest(values))), np.uint8)
     if 8 % quantiser.bits:  # codes straddle bytes
         return {"weight": differing("weight", near).tobytes(), **found}
     own = None if true is None else np.frombuffer(bytes_of(true["weight"]), np.uint8)

@@ -4,7 +4,6 @@ floats, and a scale for the tensor, a row, a group of inputs or a block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from . import fp8
 from .stored import (
     Entries,
+    Grid,
     Quantiser,
     Read,
     Shape,
@@ -111,7 +111,9 @@ def _packed(entries: Entries, path: str, said: list[Any], read: Read) -> Stored:
     if "g_idx" in tensors:
         check(entries, tensors["g_idx"], (torch.int32, torch.int64), (inputs,), label)
     decode = partial(_decode_packed, bits=bits, shape=(out, inputs), name=path)
-    quantiser = _quantiser(_Grid(bits, of, out, {n: entries[full] for n, full in tensors.items()}, shape), said)
+    quantiser = _quantiser(
+        _Layout(bits, of, (out, inputs), {n: entries[full] for n, full in tensors.items()}, shape), said
+    )
     dtype = entries[tensors["scale"]][0]
     return Stored(tensors, (out, inputs), dtype, label + _grouping(of, inputs), decode, quantiser)
 
@@ -147,7 +149,7 @@ def _plain(entries: Entries, path: str, scale: str, said: list[Any]) -> Stored:
         check(entries, tensors["zero_point"], (torch.int8,), entries[scale][1], label)
     if "g_idx" in tensors:
         check(entries, tensors["g_idx"], (torch.int32, torch.int64), (shape[1],), label)
-    quantiser = _quantiser(_Grid(8, of, shape[0], {n: entries[full] for n, full in tensors.items()}), said)
+    quantiser = _quantiser(_Layout(8, of, shape, {n: entries[full] for n, full in tensors.items()}), said)
     decode = partial(_decode_plain, name=path)
     return Stored(tensors, shape, entries[scale][0], label + _grouping(of, shape[1]), decode, quantiser)
 
@@ -173,38 +175,34 @@ def idle(entries: Entries) -> Iterator[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Grid:
+class _Layout:
     """How the integers of one weight are stored.
 
     Attributes:
         bits: bits of a code.
         of: ``(rows or 1, groups)`` of the scales.
-        out: rows of the weight.
+        weight: ``(out, in)``.
         entries: ``{local name: (dtype, shape)}``.
         shape: the tensor ``weight_shape`` of packed codes; None for codes that are not packed.
     """
 
     bits: int
     of: Shape
-    out: int
+    weight: Shape
     entries: Entries
     shape: Tensor | None = None
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
-
-def _quantiser(grid: _Grid, said: list[Any]) -> Quantiser | None:
+def _quantiser(layout: _Layout, said: list[Any]) -> Quantiser | None:
     """The package's quantiser; None for layouts that compressed-tensors 0.20 reads no longer, or whose scales are rounded further."""
-    schemes = [s for s in said if isinstance(s, Mapping) and s.get("num_bits") == grid.bits]
+    schemes = [s for s in said if isinstance(s, Mapping) and s.get("num_bits") == layout.bits]
     symmetric = {bool(s.get("symmetric", True)) for s in schemes}
-    zeros = grid.entries.get("zero_point")
-    old = "g_idx" in grid.entries or (grid.shape is not None and zeros is not None and zeros[0] != torch.int32)
-    unclear = (zeros is not None and len(symmetric) != 1) or (grid.of[0] != grid.out and grid.of != (1, 1))
+    zeros, of = layout.entries.get("zero_point"), layout.of
+    old = "g_idx" in layout.entries or (layout.shape is not None and zeros is not None and zeros[0] != torch.int32)
+    unclear = (zeros is not None and len(symmetric) != 1) or (of[0] != layout.weight[0] and of != (1, 1))
     if old or unclear or not schemes or any(s.get("scale_dtype") for s in schemes):
         return None
-    return _Quantiser(grid, centred=zeros is None or True in symmetric)
+    return _Quantiser(layout, centred=zeros is None or True in symmetric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,63 +211,53 @@ class _Quantiser(Quantiser):
     centred: whether the package's scheme is symmetric.
     """
 
-    grid: _Grid
+    layout: _Layout
     centred: bool
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        return 8 if self.grid.shape is None else self.grid.bits
+        return 8 if self.layout.shape is None else self.layout.bits
+
+    @property
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+        half = 1 << (self.layout.bits - 1)
+        return -half, half - 1
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         """The range of each group, in which zero lies, gives its scale and its zero."""
-        grid = self.grid
-        bottom, top = grid.bounds
-        low, high = torch.aminmax(values.reshape(*grid.of, -1), dim=-1)
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        layout, (bottom, top) = self.layout, self.bounds
+        low, high = torch.aminmax(values.reshape(*layout.of, -1), dim=-1)
+        low, high = low.clamp(max=0), high.clamp(min=0)  # (out or 1, groups)
         if self.centred:
             scale, zero = torch.maximum(-low, high) / ((top - bottom) / 2), torch.zeros_like(low)
         else:
             scale = (high - low) / (top - bottom)
             zero = torch.round((bottom - low / scale).clamp(bottom, top)).nan_to_num()
-        dtype, shape = grid.entries["scale"]
+        dtype, shape = layout.entries["scale"]
         scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale).to(dtype)
         made = {"scale": scale.reshape(shape)}
-        if "zero_point" in grid.entries:
-            made["zero_point"] = _zero_point(grid, zero.to(torch.int8))
-        if grid.shape is not None:
-            made["shape"] = grid.shape
-        return {"weight": self.stored(self.nearest(values, made)), **made}
+        if "zero_point" in layout.entries:
+            made["zero_point"] = self._zero_point(zero.to(torch.int8))
+        if layout.shape is not None:
+            made["shape"] = layout.shape
+        return {"weight": self.stored(self.grid(made).nearest(values)), **made}
 
-    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale, zero = self._statistics(tensors)
-        steps = values.reshape(*self.grid.of, -1) / torch.where(scale == 0, 1.0, scale)
-        steps = steps if zero is None else steps.add_(zero)
-        return torch.round(steps.clamp_(*self.grid.bounds)).nan_to_num_().reshape(values.shape)
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        of, zero = self.layout.of, tensors.get("zero_point")
+        if zero is not None and zero.dtype == torch.int32:
+            zero = unpacked(zero.t().contiguous(), self.layout.bits, of[0]).t().to(torch.int16) + self.bounds[0]
+        size = self.layout.weight[1] // of[1]
 
-    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale, zero = self._statistics(tensors)
-        grouped = numbers.reshape(*self.grid.of, -1)
-        return ((grouped if zero is None else grouped - zero) * scale).reshape(numbers.shape)
+        def wide(numbers: Tensor) -> Tensor:  # (out or 1, in)
+            return numbers.to(torch.float32).reshape(of).repeat_interleave(size, 1)
 
-    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale, _ = self._statistics(tensors)
-        return scale.expand(*self.grid.of, values.numel() // math.prod(self.grid.of)).reshape(values.shape)
+        return Grid(wide(tensors["scale"]), None if zero is None else wide(zero), self.bounds)
 
     def stored(self, numbers: Tensor) -> Tensor:
-        return numbers.to(torch.int8) if self.grid.shape is None else packed(numbers - self.grid.bounds[0], self.bits)
+        return numbers.to(torch.int8) if self.layout.shape is None else packed(numbers - self.bounds[0], self.bits)
 
-    def _statistics(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The scales and zeros ``(out or 1, groups, 1)``, float32."""
-        of = self.grid.of
-        zero = tensors.get("zero_point")
-        if zero is not None and zero.dtype == torch.int32:
-            zero = unpacked(zero.t().contiguous(), self.grid.bits, of[0]).t().to(torch.int16) + self.grid.bounds[0]
-        wide = None if zero is None else zero.to(torch.float32).reshape(*of, 1)
-        return tensors["scale"].to(torch.float32).reshape(*of, 1), wide
-
-
-def _zero_point(grid: _Grid, zero: Tensor) -> Tensor:
-    dtype, shape = grid.entries["zero_point"]
-    if dtype != torch.int32:
-        return zero.reshape(shape)
-    return packed((zero.to(torch.int32) - grid.bounds[0]).t(), grid.bits).t().contiguous()
+    def _zero_point(self, zero: Tensor) -> Tensor:
+        dtype, shape = self.layout.entries["zero_point"]
+        if dtype != torch.int32:
+            return zero.reshape(shape)
+        return packed((zero.to(torch.int32) - self.bounds[0]).t(), self.layout.bits).t().contiguous()

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .stored import Entries, Quantiser, Shape, Source, Stored, damaged, unknown
+from .stored import Entries, Grid, Quantiser, Shape, Source, Stored, damaged, unknown
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def stored(
         damaged(f"the scale has the dtype {entries[scale][0]}, which oftsurgery does not read", scale, "fp8")
     quantiser = None
     if entries[name][0] == torch.float8_e4m3fn and len(shape) == 2:  # no package writes the other dtype
-        quantiser = _Quantiser(grid, *entries[scale], statistics)
+        quantiser = _Quantiser(shape, grid, *entries[scale], statistics)
     tensors, decode = {"weight": name, "scale": scale}, partial(_decode, grid=grid, dtype=dtype)
     return Stored(tensors, shape, dtype, f"fp8, {what}", decode, quantiser)
 
@@ -127,41 +127,34 @@ Statistics = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor | None]]
 @dataclass(frozen=True, eq=False)
 class _Quantiser(Quantiser):
     """Attributes:
-    grid: the rows and columns that share a scale.
+    weight: ``(out, in)``.
+    block: the rows and columns that share a scale.
     dtype, shape: of the scales.
     statistics: the package's choice of scales.
     """
 
-    grid: Shape
+    weight: Shape
+    block: Shape
     dtype: torch.dtype
     shape: Shape
     statistics: Statistics
     bits = 8
+    bounds = None
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         rows, columns = values.shape
-        down, along = (min(size, whole) for size, whole in zip(self.grid, values.shape, strict=True))
+        down, along = (min(size, whole) for size, whole in zip(self.block, values.shape, strict=True))
         padded = torch.nn.functional.pad(values.abs(), (0, -columns % along, 0, -rows % down))
         most = padded.reshape(len(padded) // down, down, -1, along).amax((1, 3))  # (blocks of rows, blocks of columns)
         scale, factor = self.statistics(most, self.dtype)
         made = {"scale": scale.to(self.dtype).reshape(self.shape)}
         if factor is None:
-            return {"weight": self.stored(self.nearest(values, made)), **made}
-        steps = values * _spread(factor, values.shape, self.grid)
+            return {"weight": self.stored(self.grid(made).nearest(values)), **made}
+        steps = values * _spread(factor, values.shape, self.block)
         return {"weight": self.stored(steps.clamp_(-_MOST, _MOST)), **made}
 
-    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale = _spread(tensors["scale"], values.shape, self.grid)
-        steps = values / torch.where(scale == 0, 1.0, scale)
-        return self.stored(steps.nan_to_num_().clamp_(-_MOST, _MOST)).to(torch.float32)
-
-    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return numbers * _spread(tensors["scale"], numbers.shape, self.grid)
-
-    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale = _spread(tensors["scale"], values.shape, self.grid)
-        _, exponent = torch.frexp(values / torch.where(scale == 0, 1.0, scale))
-        return torch.exp2((exponent.clamp(min=-5) - 4).to(torch.float32)) * scale
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        return Grid(_spread(tensors["scale"], self.weight, self.block), None, None)
 
     def stored(self, numbers: Tensor) -> Tensor:
         return numbers.to(torch.float8_e4m3fn)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stored import Entries, Quantiser, Source, Stored, check, damaged, groups_of
+from .stored import Entries, Grid, Quantiser, Source, Stored, check, damaged, groups_of
 
 #: ``{packing: (codes in a word, bits of a code, dtype of a word)}``; the codes of a word lie far apart, in equal parts of the rows
 _PACKING = {
@@ -171,17 +171,16 @@ class _Quantiser(Quantiser):
         statistics = {"scale": (1.0 / factor).to(layout.dtype), "zero": zero.to(layout.dtype)}
         return {"weight": self.stored(numbers), **statistics, **layout.facts}
 
-    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale, zero = (tensors[name].to(torch.float32) for name in ("scale", "zero"))
-        steps = values.reshape(self.layout.matrix) / torch.where(scale == 0, 1.0, scale)
-        return torch.round(steps + zero).clamp_(0, self.layout.top).nan_to_num_().reshape(self.layout.shape)
+    @property
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+        return 0, self.layout.top
 
-    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        scale, zero = (tensors[name].to(torch.float32) for name in ("scale", "zero"))
-        return ((numbers.reshape(self.layout.matrix) - zero) * scale).reshape(self.layout.shape)
-
-    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["scale"].to(torch.float32).expand(self.layout.matrix).reshape(self.layout.shape)
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        layout = self.layout
+        scale, zero = (
+            tensors[n].to(torch.float32).expand(layout.matrix).reshape(layout.shape) for n in ("scale", "zero")
+        )
+        return Grid(scale, zero, self.bounds)
 
     def stored(self, numbers: Tensor) -> Tensor:
         return _pack(numbers.reshape(self.layout.matrix), self.layout)

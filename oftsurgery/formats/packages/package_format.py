@@ -93,9 +93,9 @@ class OfPackage(Format):
         return self._stored.quantiser
 
     def step_error(self, encoded: EncodedWeight, exact: Tensor) -> float:
-        steps = self.quantiser.steps(exact.to(torch.float32), encoded.tensors).to(torch.float64)
+        steps = self.quantiser.grid(encoded.tensors).steps(exact.to(torch.float32)).expand(exact.shape)
         norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
-        return float(steps.square().sum() / 12) ** 0.5 / norm if norm else 0.0
+        return float(steps.to(torch.float64).square().sum() / 12) ** 0.5 / norm if norm else 0.0
 
     def hashed(self, encoded: EncodedWeight) -> Mapping[str, Tensor]:
         return {"weight": self.values(encoded)}

@@ -42,37 +42,79 @@ class Source:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+_MOST = torch.finfo(torch.float8_e4m3fn).max
+
+
 class Quantiser:
     """How a package stores the values of one weight, ``(out, in)`` float32.
 
     In every method ``tensors`` are the weight's tensors by their local names: the codes are ``weight``, the others are the scales and zeros.
-    Codes stand for *numbers*, float32 ``(out, in)``.
+    Codes stand for *numbers*, float32: ``value = (number - zero) · scale``.
 
     Attributes:
         bits: bits of a code in ``weight``.
+        bounds: the least and the largest number; None for the numbers of F8_E4M3.
     """
 
     bits: int
+    bounds: tuple[int, int] | None
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         """All tensors, with the scales and zeros that the package's own quantiser chooses, and codes to nearest."""
         raise NotImplementedError
 
-    def nearest(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The nearest numbers, with the scales and zeros in ``tensors``."""
-        raise NotImplementedError
-
-    def values(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the numbers stand for, float32, before the package rounds it to its dtype."""
-        raise NotImplementedError
-
-    def steps(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The distance of the numbers' values around ``values``; the result broadcasts to them."""
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
+        """The scale and the zero of each value."""
         raise NotImplementedError
 
     def stored(self, numbers: Tensor) -> Tensor:
-        """The tensor ``weight``."""
+        """The tensor ``weight``, from numbers ``(out, in)``."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that some weights can have.
+
+    >>> grid = Grid(torch.tensor(0.5), torch.tensor(2.0), (0, 3))
+    >>> grid.values(grid.nearest(torch.tensor([-3.0, -0.3, 0.2, 0.4])))
+    tensor([-1.0000, -0.5000,  0.0000,  0.5000])
+
+    Attributes:
+        scale, zero: float32, of the shape of the weights, or broadcasting to it; None for zeros.
+        bounds: as for :class:`Quantiser`.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    bounds: tuple[int, int] | None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The nearest numbers."""
+        steps = values / torch.where(self.scale == 0, 1.0, self.scale)
+        if self.zero is not None:
+            steps += self.zero
+        steps = steps.nan_to_num_()
+        if self.bounds is None:
+            return steps.clamp_(-_MOST, _MOST).to(torch.float8_e4m3fn).to(torch.float32)
+        return steps.clamp_(*self.bounds).round_()
+
+    def values(self, numbers: Tensor) -> Tensor:
+        """What numbers stand for, before the package rounds it to its dtype."""
+        return (numbers if self.zero is None else numbers - self.zero) * self.scale
+
+    def steps(self, values: Tensor) -> Tensor:
+        """The distances of the grid's values around ``values``."""
+        if self.bounds is not None:
+            return self.scale.expand(values.shape)
+        _, exponent = torch.frexp(values / torch.where(self.scale == 0, 1.0, self.scale))
+        return torch.exp2((exponent.clamp(min=-5) - 4).to(torch.float32)) * self.scale
+
+    def at(self, index: Tensor, shape: Shape) -> Grid:
+        """The grid of some of the weights of ``shape``, by their numbers in the flat weight."""
+        scale, zero = (None if t is None else t.expand(shape).reshape(-1)[index] for t in (self.scale, self.zero))
+        assert scale is not None  # noqa: S101 - a grid has scales
+        return Grid(scale, zero, self.bounds)
 
 
 @dataclass(frozen=True, eq=False)
