@@ -51,7 +51,9 @@ _PICTURES = {
 _TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
 # tags that name the format, which another export may change
 _BITS = {name: f"{8 // kind.codes_per_element}-bit" for name, kind in FORMATS.items() if kind.quantised}
-_FORMAT_TAGS = frozenset({"bitsandbytes", "onnx", *_BITS, *_BITS.values()})
+#: other packages' formats that a fold keeps, as ``quant_method`` and the Hub's tags name them
+_PACKAGES = ("hqq", "compressed-tensors", "fp8", "fbgemm_fp8")
+_FORMAT_TAGS = frozenset({"bitsandbytes", "onnx", *_BITS, *_BITS.values(), *_PACKAGES})
 _OURS = ("base_model_relation", "library_name")
 #: end of an architecture's name → the class that loads it, and the Hub's name of its task
 _TASKS: Mapping[str, tuple[str | None, str | None]] = {
@@ -124,10 +126,23 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
         "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
         + sorted({_BITS[name] for name in quantised})
+        + [m for m in [_method(config)] if m in _PACKAGES and not onnx]
         + ["onnx"] * onnx
         + ["gguf"] * gguf,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """``quant_method`` of the config; None for plain weights."""
+    settings = config.get("quantization_config")
+    return str(settings.get("quant_method", "bitsandbytes")) if isinstance(settings, Mapping) else None
+
+
+def _package(config: Mapping[str, Any]) -> str | None:
+    """The package that transformers needs to load the quantised weights."""
+    method = _method(config)
+    return None if method is None or method.endswith("fp8") else method
 
 
 def _library(config: Mapping[str, Any], files: Collection[str]) -> str | None:
@@ -299,7 +314,7 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         model=model,
         tokenizer=tokenizer,
         generates=model in _GENERATES,
-        quantised=bool(config.get("quantization_config")),
+        package=_package(config),
         modules="modules.json" in files,
         code=record.code,
         trust=", trust_remote_code=True" if record.code else "",

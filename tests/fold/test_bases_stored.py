@@ -85,6 +85,11 @@ def test_a_fold_in_the_base_s_own_format_and_the_ways_back(name: str, folders: F
         assert module.format == found.held[weight].label
         assert module.rounding == "nearest"
     assert "format" not in record.base
+    card, method = (out / "README.md").read_text(), settings[0]["quant_method"]
+    assert f"\n- {method}\n" in card
+    needed = "transformers" if method == "fp8" else f"transformers and {method}"
+    assert f"The model loads with {needed}:" in card
+    assert "bitsandbytes:" not in card
     report = oftsurgery.verify_checkpoint(out, base, folders.adapter)
     assert report.ok, str(report)
     findings = oftsurgery.doctor(out, base=base, adapter=folders.adapter)
@@ -329,7 +334,7 @@ def test_every_command_takes_every_base(
         back, found = ([str(tmp_path / f"{kind}-{what}")] for what in ("back", "found"))
         commands = [
             ["plan", base, adapter, "--format", kind],
-            ["fold", base, adapter, out, "--format", format, "--quiet"],
+            ["fold", base, adapter, out, "--format", kind, "--quiet"],
             ["verify", out, base, adapter],
             ["doctor", out, "--base", base, "--adapter", adapter],
             ["report", out, "--html", page],
