@@ -207,6 +207,21 @@ def test_an_undo_record_of_a_package_s_layout_needs_this_layout(folders: Folders
     assert not (tmp_path / "back").exists()
 
 
+def test_settings_of_activations_stay_in_the_same_format(folders: Folders, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    changed("ct-float8-channel", base, input_scale=torch.full((1,), 0.5))
+    quiet_fold(base, folders.adapter, out)
+    name = "model.layers.0.self_attn.q_proj.input_scale"
+    held = load_file(out / "model.safetensors")
+    assert torch.equal(held[name], torch.full((1,), 0.5))
+    assert oftsurgery.verify_checkpoint(out, base, folders.adapter).ok
+    (out / "oftsurgery.json").unlink()  # whose hashes would tell
+    for other in (None, torch.ones(1)):
+        left = {n: t for n, t in held.items() if n != name} | ({} if other is None else {name: other})
+        save_file(left, out / "model.safetensors", metadata={"format": "pt"})
+        assert list(oftsurgery.verify_checkpoint(out, base, folders.adapter).wrong) == [name]
+
+
 # --- what cannot be kept ----------------------------------------------------------------------------------------------
 
 
