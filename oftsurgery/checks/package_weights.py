@@ -162,18 +162,17 @@ def read_again(checkpoint: Checkpoint, *, idle: bool) -> Checkpoint:
     files = checkpoint.as_stored
     method, settings = _method(files.config)
     held = dict(_FINDERS[method or ""](files, settings))
-    inside = {own for weight in held.values() for own in weight.parts.values()}
     owner = {own: name for name, weight in held.items() for own in weight.parts.values()}
     entries: dict[str, TensorEntry] = {}
     for name, entry in files.entries.items():
         weight = owner.get(name)
         if weight is not None:
-            size = int(np.prod(held[weight].shape)) * held[weight].dtype.itemsize
-            shape = held[weight].shape
-            entries[weight] = TensorEntry(weight, entry.file, DTYPE_NAMES[held[weight].dtype], shape, -1, size)
+            shape, dtype = held[weight].shape, held[weight].dtype
+            size = int(np.prod(shape)) * dtype.itemsize
+            entries[weight] = TensorEntry(weight, entry.file, DTYPE_NAMES[dtype], shape, -1, size)
         elif idle or not name.endswith(_IDLE):
             entries[name] = entry
-    if not inside:
+    if not owner:
         message = "the config names a package that quantised the weights, and no weight is stored so"
         raise FormatError(message, format=printable(method), path=files.folder, remedy="restore the config.json")
     own = {f.name: getattr(files, f.name) for f in fields(Checkpoint)}
@@ -272,11 +271,8 @@ def _awq(files: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, 
     for path in _modules(files, "qweight"):
         parts = _named(files, path, "qweight", "qzeros", "scales")
         rows, columns = _shape(files, parts["qweight"])
-        out, inputs = {
-            "gemm": (columns * 8, rows),
-            "gemv": (rows, columns * 8),
-            "gemv_fast": (rows * 4, columns),
-        }[version]
+        shapes = {"gemm": (columns * 8, rows), "gemv": (rows, columns * 8), "gemv_fast": (rows * 4, columns)}
+        out, inputs = shapes[version]
         of = torch.arange(inputs) // (size if size > 0 else inputs)
 
         def codes(p: Parts, out: int = out, inputs: int = inputs, of: Tensor = of) -> Codes:
