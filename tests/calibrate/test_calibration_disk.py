@@ -25,6 +25,7 @@ from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyEr
 from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate import checkpoint, checkpoint_model
+from oftsurgery.calibrate.batches import tokenise
 from oftsurgery.calibrate.block_sources import StoredBlocks
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -81,6 +82,30 @@ def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
         assert read_texts(tmp_path / "x.jsonl") == texts
     (tmp_path / "x.txt").write_bytes("\n\n".join(texts).encode())
     assert read_texts(tmp_path / "x.txt") == texts
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (transformers.BertConfig(max_position_embeddings=9), 9),
+        (transformers.GPT2Config(n_positions=9), 9),
+        (transformers.RobertaConfig(max_position_embeddings=9, pad_token_id=1), 7),
+        (transformers.BloomConfig(), 512),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_texts_are_cut_after_the_models_last_position(config: Any, most: int, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    batches = tokenise(["one two three four five six seven eight nine ten"] * 2, tmp_path)
+    assert batches[0][1]["input_ids"].shape == (2, min(most, 12))
+
+
+def test_texts_for_an_encoder_with_a_decoder_are_refused(tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(tmp_path)
+    transformers.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match=r"do not say what the decoder reads.*--rounding preserve"):
+        tokenise(TEXTS, tmp_path)
 
 
 def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
