@@ -13,7 +13,7 @@ from typing import Any, Literal
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.dtypes import float_dtype
-from oftsurgery.errors import StateError
+from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline
@@ -24,7 +24,7 @@ from oftsurgery.folding.disk_tasks import Engine
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
 from oftsurgery.folding.pipelines import PipelinePlan, run_pipeline
 from oftsurgery.folding.remembered import plan_remembered
-from oftsurgery.folding.target import FOUR_BIT, Format
+from oftsurgery.folding.target import FOUR_BIT, QUANTISED, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
@@ -96,6 +96,13 @@ def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[O
     )
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
+    if settings.format in QUANTISED and not any(part.into.quantised for part in plan.parts):
+        name = printable(plan.store.architecture.name)
+        warn_caller(
+            f"the output has no weight in {settings.format}: bitsandbytes in transformers and diffusers quantises no layer of this model "
+            f"({name}), whose linears are of classes of its own or are skipped",
+            SourceWarning,
+        )
     if mode == "calibrated":
         from oftsurgery.calibrate.checkpoint_model import calibrated_jobs
 

@@ -163,7 +163,9 @@ def test_a_folder_on_the_command_line(
     assert "SourceWarning: " in capsys.readouterr().err
     with pytest.warns(SourceWarning, match="in its subfolder sft"):
         assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "saved").ok
-    assert cli([*words[:3], str(tmp_path / "out-2"), *words[4:], "--adapter-subfolder", "sft/"]) == 0  # as shells complete it
+    assert (
+        cli([*words[:3], str(tmp_path / "out-2"), *words[4:], "--adapter-subfolder", "sft/"]) == 0
+    )  # as shells complete it
     assert "SourceWarning" not in capsys.readouterr().err
     for wrong, text in (("../saved/sft", "is no path inside the folder"), ("dpo", "the folder has no subfolder 'dpo'")):
         assert cli([*words[:3], str(tmp_path / "out-3"), "--adapter-subfolder", wrong]) == 2

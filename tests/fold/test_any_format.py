@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import (
     adapted,
     bnb_config,
@@ -216,3 +217,16 @@ def test_a_plain_base_is_quantised_as_in_training_and_written_in_any_format(
     check_values(tensors(bases.folder(name)), tensors(tmp_path / "out"), rotations_in(bases.adapter), into)
     assert oftsurgery.verify_checkpoint(tmp_path / "out", bases.folder("bf16"), bases.adapter).ok
     load(tmp_path / "out", "LlamaForCausalLM")
+
+
+def test_a_model_of_which_nothing_is_quantised_is_said_to_stay_plain(tmp_path: Path) -> None:
+    """Falcon's linears are of a class of their own, which transformers' bitsandbytes passes by."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted(model, ["query_key_value"]).save_pretrained(tmp_path / "adapter")
+    message = r"the output has no weight in nf4.*\(FalconForCausalLM\)"
+    with pytest.warns(oftsurgery.SourceWarning, match=message):
+        oftsurgery.fold_checkpoint(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="nf4", trained_on="nf4"
+        )
