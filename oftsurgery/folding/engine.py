@@ -466,10 +466,9 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
     way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
     kept = len(plan.replace) - len(plan.turned)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
-    error = f"the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}"
-    if not total(worst):  # of weights in float32, whose storing costs nothing
-        error = "the products in float32 are rounded"
+    if not total(worst):  # storing in float32 costs nothing
+        known += ", beside the rounding of the products in float32"
     warn_caller(
-        f"rotating back is not bit-exact: {error}{stay}; {way}",
+        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",
         UnfoldWarning,
     )

@@ -129,6 +129,7 @@ for form in {[*FORMATS.values()]}:
 """)
 
 
+@pytest.mark.slow
 def test_strong_blocks_are_scaled_anew_as_by_the_reference(run):
     run(f"""
 for form in {[*FORMATS.values()]}:
@@ -150,6 +151,7 @@ assert check(codecs.encode(weight_of(f), f), chain_of(0.0005, scale=scale)).roun
 """)
 
 
+@pytest.mark.slow
 def test_the_grid_finds_the_scales_of_the_reference(run):
     run(f"""
 for form in {[form for name, form in FORMATS.items() if name != "int8"]}:
@@ -179,6 +181,7 @@ assert check(encoded, chain_of(0.05)).rounding == "grid"
 """)
 
 
+@pytest.mark.slow
 def test_the_base_is_left_as_it_was(run):
     run("""
 for f in (format_of("nf4", 64, 256), format_of("fp4", 64, 0), format_of("int8", 0, 0)):
@@ -229,6 +232,7 @@ for count, size in ((1, 64), (700, 256), (2049, 1024), (300, 4096)):
 """)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_references(run):
     run("""
 from oftsurgery.formats.codecs import Grid
