@@ -63,11 +63,20 @@ class Codes:
 
     def step_error(self, exact: Tensor) -> float:
         """The relative error of values that lie anywhere between two codes: the root of ``Σ step² / 12``."""
-        steps = self.scale.expand(exact.shape)
+        return float((self._steps(exact).square().sum() / 12).sqrt() / exact.norm())
+
+    def grain(self, base: Tensor, exact: Tensor) -> float:
+        """The largest share of the change from ``base`` to ``exact`` that one element makes where it goes one step."""
+        change = (exact - base).abs()
+        size = float(change.square().sum())
+        return float((self._steps(exact) * change).max()) / size if size else 0.0
+
+    def _steps(self, exact: Tensor) -> Tensor:
+        steps = self.scale.abs().expand(exact.shape)
         if self.bounds is None:  # 3 bits of a mantissa, down to the exponent -6
             size = exact.abs() / torch.where(steps == 0, 1.0, steps)
             steps = steps * torch.exp2(torch.floor(torch.log2(size.clamp(min=2.0**-6))) - 3)
-        return float((steps.square().sum() / 12).sqrt() / exact.norm())
+        return steps
 
     def scales_fit(self, exact: Tensor) -> bool:
         """Whether the scales are those that the package gives to the values ``exact``, up to their rounding; a power of two may be a
@@ -115,9 +124,8 @@ class Held:
             values = numbers * codes.scale.to(self.dtype)
         else:
             values = (codes.numbers - codes.zero) * codes.scale
-            values = (
-                values if codes.offset is None else values + codes.offset
-            )  # a sum with 0.0 would lose the sign of -0.0
+            if codes.offset is not None:  # a sum with 0.0 would lose the sign of -0.0
+                values = values + codes.offset
             values = values.float().to(self.dtype)
         return (values.t() if self.turned else values).contiguous()
 

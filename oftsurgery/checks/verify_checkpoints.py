@@ -319,7 +319,7 @@ class Comparison:
             change=float((exact - start.to(torch.float64)).norm()),
             format=into.label if codes is None else str(self.folded.checkpoint.stored_as),
             steps=measures.step_error(own, exact) if codes is None else codes.step_error(exact),
-            grain=measures.grain(own, start, exact) if codes is None else 0.0,
+            grain=measures.grain(own, start, exact) if codes is None else codes.grain(start.to(torch.float64), exact),
         )
         if not check.passes(self.tolerance):
             recorded = "" if check.recorded is not False else "; the record has another hash"

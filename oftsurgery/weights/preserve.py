@@ -340,17 +340,28 @@ def in_package(encoded: EncodedWeight, base: Tensor, exact: Tensor) -> tuple[Enc
         anew = kind.decode(EncodedWeight(encoded.format, kind.quantiser.encode(exact)))
         if abs(_sum(anew.sub_(base), change) / whole - 1) <= 1 - _WHOLE:
             return None
-    n = base.numel()
-    if n > SAMPLE:  # weights that lie apart by the golden section of the whole, which follow no period
-        index = torch.arange(SAMPLE, device=base.device) * round(n * (math.sqrt(5) - 1) / 2) % n
-        seen = grid.at(index, tuple(base.shape))
-        found = _relaxation(seen, base.reshape(-1)[index], change.reshape(-1)[index])
-    else:
-        found = _relaxation(grid, base, change)
+    found = steps_in_package(grid, base, change)
     if found is None:
         return None
     new = kind.with_numbers(encoded, grid.nearest(base + change * relaxation_of(found)))
     return new, relaxation_of(found)
+
+
+def steps_in_package(grid: Grid, base: Tensor, change: Tensor) -> int | None:
+    """The steps of the ω that keeps the change of weights on a grid; None if no ω does."""
+    found = _relaxation_of_some(grid, base, change, SAMPLE)
+    if found is None or found <= WEAK or base.numel() <= SAMPLE:
+        return found
+    return _relaxation_of_some(grid, base, change, LARGE_SAMPLE)
+
+
+def _relaxation_of_some(grid: Grid, base: Tensor, change: Tensor, most: int) -> int | None:
+    """:func:`_relaxation` of at most ``most`` weights, which lie apart by the golden section of the whole and follow no period."""
+    n = base.numel()
+    if n <= most:
+        return _relaxation(grid, base, change)
+    index = torch.arange(most, device=base.device) * round(n * (math.sqrt(5) - 1) / 2) % n
+    return _relaxation(grid.at(index, tuple(base.shape)), base.reshape(-1)[index], change.reshape(-1)[index])
 
 
 def _relaxation(grid: Grid, base: Tensor, change: Tensor) -> int | None:
