@@ -87,7 +87,8 @@ def check(encoded, chain, into=None, rounding="preserve", inverse=False, strong=
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
+# the interpreter takes a minute and a half in all; tests/weights/test_kernels.py has a test of it that is not slow
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=on_a_gpu)])
 def run(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Run code that ends without an error in a process of its own: in the interpreter, or on a GPU."""
     device = request.param
@@ -129,7 +130,6 @@ for form in {[*FORMATS.values()]}:
 """)
 
 
-@pytest.mark.slow
 def test_strong_blocks_are_scaled_anew_as_by_the_reference(run):
     run(f"""
 for form in {[*FORMATS.values()]}:
@@ -151,7 +151,6 @@ assert check(codecs.encode(weight_of(f), f), chain_of(0.0005, scale=scale)).roun
 """)
 
 
-@pytest.mark.slow
 def test_the_grid_finds_the_scales_of_the_reference(run):
     run(f"""
 for form in {[form for name, form in FORMATS.items() if name != "int8"]}:
@@ -181,7 +180,6 @@ assert check(encoded, chain_of(0.05)).rounding == "grid"
 """)
 
 
-@pytest.mark.slow
 def test_the_base_is_left_as_it_was(run):
     run("""
 for f in (format_of("nf4", 64, 256), format_of("fp4", 64, 0), format_of("int8", 0, 0)):
@@ -232,7 +230,6 @@ for count, size in ((1, 64), (700, 256), (2049, 1024), (300, 4096)):
 """)
 
 
-@pytest.mark.slow
 def test_a_sweep_is_the_references(run):
     run("""
 from oftsurgery.formats.codecs import Grid

@@ -1066,11 +1066,11 @@ def test_records_without_what_is_kept_are_read() -> None:
         FoldRecord.from_dict({**data, "modules": {"m": {**data["modules"]["m"], "kept": "most"}}})
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "numba"])
 def test_a_very_small_change_of_a_large_weight_is_kept(backend: str) -> None:
     """Few weights leave their levels: a sample of half a million weights would have some hundred, with which 67 to 161 % were kept."""
     f = WeightFormat("nf4", (2048, 1024), torch.float32, blocksize=64)
-    for seed in range(4) if backend == "numba" else [3]:  # the reference takes its time
+    for seed in range(4):
         encoded = codecs.encode(weight_of(f, seed=seed), f)
         rotation, matrix = turned(1024, 32, 3e-6, seed=seed)
         with use_backend(backend):
