@@ -32,7 +32,15 @@ def slices(sizes: Sequence[int], whole: int | None = None) -> list[range]:
     """Things of ``sizes`` bytes, by their numbers, in tasks; a task has at least one thing. ``whole``: the bytes of all tasks, where
     the things are a part of them.
     """
-    limit = min(max((sum(sizes) if whole is None else whole) // SHARE, LEAST), MOST)
+    return cut(sizes, min(max((sum(sizes) if whole is None else whole) // SHARE, LEAST), MOST))
+
+
+def cut(sizes: Sequence[int], limit: float) -> list[range]:
+    """Things of ``sizes``, by their numbers, in runs of at most ``limit``; a run has at least one thing.
+
+    >>> cut([3, 3, 3, 9], 6)
+    [range(0, 2), range(2, 3), range(3, 4)]
+    """
     ends, held = [], 0
     for i, size in enumerate(sizes):
         if held and held + size > limit:

@@ -88,7 +88,7 @@ def parse_image_adapter(
     tensors, left_out = without_bundled(tensors, source, leave_out=without_embeddings)
     if config is not None and (dialect is None or dialect.startswith("peft")):
         named = {key if key.startswith(KEY_PREFIX) else KEY_PREFIX + key: t for key, t in tensors.items()}
-        adapter = parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
+        adapter = parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]  # it checks the dialect
         return replace(adapter, config={**adapter.config, IMAGE_METADATA: dict(metadata)}, left_out=left_out)
     parts, sums = _without_norms(sort_image_keys(tensors, source), source)
     args = _network_args(metadata)

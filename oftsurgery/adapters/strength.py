@@ -69,11 +69,11 @@ class AtStrength(MapOf):
             raise self.of.no_mode(self.mode)
 
     @property
-    def family(self) -> str:  # type: ignore[override]
+    def family(self) -> str:  # type: ignore[override]  # of a field of the parent
         return f"{self.of.family} at strength {self.strength:g}"
 
     @property
-    def modes(self) -> tuple[str, ...]:  # type: ignore[override]
+    def modes(self) -> tuple[str, ...]:  # type: ignore[override]  # of a field of the parent
         return self.of.modes
 
     @property

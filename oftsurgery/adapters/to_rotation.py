@@ -111,7 +111,7 @@ def _in_blocks(m: WeightMap, features: int, size: int) -> Rotation:
     """The orthogonal map of ``features`` inputs as rotations in blocks of ``size``."""
     turned = m.fold_into(torch.eye(features, dtype=torch.float64)).mT  # W' = W · blockdiag(R)ᵀ
     blocks = torch.stack([turned[i : i + size, i : i + size] for i in range(0, features, size)])
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # of torch
     eye = torch.eye(size, dtype=torch.float64)
     if float((turned - whole).abs().max()) > _ROUNDING or float((blocks @ blocks.mT - eye).abs().max()) > _ROUNDING:
         message = f"the adapter's map ({m.family}) is no rotation in blocks of {size} inputs"

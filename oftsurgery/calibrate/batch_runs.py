@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.tasks import cut
 from oftsurgery.weights.calibrate import fold_calibrated
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
@@ -67,13 +68,7 @@ class Batches:
         tokens = [sequences_of(batch) * length_of(batch) for batch in batches]
         own = 1 + sum(count < OWN_TOKENS for count in accumulate(tokens))
         live_only = [torch.zeros(sequences_of(batch), dtype=torch.bool, device="cpu") for batch in batches[own:]]
-        most, ends, held = max(CHUNK_TOKENS, sum(tokens) / CHUNKS), [0], 0
-        for i, count in enumerate(tokens):
-            if held and held + count > most:
-                ends.append(i)
-                held = 0
-            held += count
-        chunks = [range(*pair) for pair in zip(ends, [*ends[1:], len(tokens)], strict=True)]
+        chunks = cut(tokens, max(CHUNK_TOKENS, sum(tokens) / CHUNKS))
         return cls(batches, own, [*held_out_of(batches[:own]), *live_only], chunks)
 
     def as_plain(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class Work:
         return torch.load(Path(self.folder, f"{name}.pt"), map_location=self.device, weights_only=True)
 
     def opened(self) -> _Opened:
-        return again(pickle.dumps(partial(_open, self)))  # type: ignore[no-any-return]
+        opened: _Opened = again(pickle.dumps(partial(_open, self)))
+        return opened
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +171,9 @@ class TaskRuns:
 
     def gather(self, step: Step, weights: BlockWeights, *, share: bool) -> Iterator[InputSums]:
         def ended(chunk: range, _: None) -> None:
-            for _number in chunk if not step.later else ():
-                self.passed()
+            if not step.later:
+                for _number in chunk:
+                    self.passed()
 
         for i, chunk in enumerate(self.batches.chunks):
             given = (self.work, step, list(weights.folded), i, share)

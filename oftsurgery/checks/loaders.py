@@ -167,7 +167,7 @@ class _Weights:
         n, b = len(m.blocks), m.block_size
         eye = torch.eye(b, dtype=torch.float64)
         if path in self.swapped:  # independent halves
-            return torch.block_diag(eye.repeat(n // 2, 1), eye.repeat(n // 2, 1)), ()  # type: ignore[no-untyped-call]
+            return torch.block_diag(eye.repeat(n // 2, 1), eye.repeat(n // 2, 1)), ()  # type: ignore[no-untyped-call]  # of torch
         return eye.repeat(n, 1), ()
 
     def measured_on(self, modules: Iterable[WeightMap]) -> str:

@@ -207,15 +207,16 @@ _QUANTISING = (
     "--skip-modules",
     "--fold-into",
 )
-READING_FLAGS = (
+#: flags that say how one adapter's files are read
+ADAPTER_FLAGS = (
     "--adapter-subfolder",
     "--adapter-file",
     "--dialect",
     "--bias",
     "--constraint",
     "--without-embeddings",
-    "--follow-links",
 )
+READING_FLAGS = (*ADAPTER_FLAGS, "--follow-links")
 PIPELINE_FLAGS = ("--component", "--variant")
 FOLDING_FLAGS = (
     *_QUANTISING,

@@ -12,6 +12,7 @@ import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable, share
 
 from .arguments import (
+    ADAPTER_FLAGS,
     FOLDING_FLAGS,
     PIPELINE_FLAGS,
     RAY_FLAGS,
@@ -46,12 +47,7 @@ _NOT_OF_MANY = (
     "--device-map",
     "--component",
     "--base-revision",
-    "--adapter-subfolder",
-    "--adapter-file",
-    "--dialect",
-    "--bias",
-    "--constraint",
-    "--without-embeddings",
+    *ADAPTER_FLAGS,
 )
 
 

@@ -215,11 +215,11 @@ class _Quantiser(Quantiser):
     centred: bool
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
+    def bits(self) -> int:  # type: ignore[override]  # of a field of the parent
         return 8 if self.layout.shape is None else self.layout.bits
 
     @property
-    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]  # of a field of the parent
         half = 1 << (self.layout.bits - 1)
         return -half, half - 1
 

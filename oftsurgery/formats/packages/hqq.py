@@ -172,7 +172,7 @@ class _Quantiser(Quantiser):
         return {"weight": self.stored(numbers), **statistics, **layout.facts}
 
     @property
-    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]  # of a field of the parent
         return 0, self.layout.top
 
     def grid(self, tensors: Mapping[str, Tensor]) -> Grid:
