@@ -62,7 +62,8 @@ class Work:
         """Write a file of tensors, in dicts and lists."""
         path = Path(self.folder, f"{name}.pt")
         with disk_errors(path), Replacement(path, mark()) as new:
-            torch.save(value, new.beside)
+            with new.beside.open("wb") as file:  # torch's own file would not say that the disk is full
+                torch.save(value, file)
             new.put()
 
     def get(self, name: str) -> Any:

@@ -18,7 +18,7 @@ from checkpoints import MODELS, adapted, bnb_config, build, file_bytes, load, qu
 from checkpoints import quiet_transformers as quiet
 
 import oftsurgery
-from oftsurgery import StateError
+from oftsurgery import DiskError, StateError
 from oftsurgery.calibrate import batch_runs, checkpoint, run_tasks
 from oftsurgery.calibrate.batches import read_batches
 from oftsurgery.calibrate.input_sums import InputSum, InputSums
@@ -214,6 +214,14 @@ def test_an_error_leaves_nothing_and_a_later_run_goes_on(place: Path, processes:
     many = fold(place / "llama", tmp_path / "many", executor=processes, max_shard_size="40KB", resume=True)
     assert many == one
     assert file_bytes(tmp_path / "many") == file_bytes(tmp_path / "one")
+
+
+def test_a_full_disk_is_said_as_such(tmp_path: Path) -> None:
+    work = run_tasks.Work(b"", "", "cpu", str(tmp_path))
+    (tmp_path / f".sums.pt.{run_tasks.mark()}").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"disk is full.*sums"):
+        work.put("sums", {"a": torch.zeros(1 << 20)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_map_of_devices_is_for_a_calibration(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
